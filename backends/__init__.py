@@ -1,0 +1,1 @@
+"""The plug-in surface: one descriptor a backend, found by name."""

@@ -1,0 +1,123 @@
+"""The whole plug-in surface of limbeck: what a backend is.
+
+To add `--backend mine`, write one `Backend` subclass and name it in your package's entry points:
+
+    [project.entry-points."limbeck.backends"]
+    mine = "my_package.backend:MyBackend"
+
+A backend says whether it can run here (`probe`), turns a checkpoint into files (`export`), and loads those files as a
+`Runner`. A compiler that needs the target device also has `build`, which turns a kit (portable) into the built program.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:  # `limbeck backends` probes without loading torch
+    import numpy as np
+    import torch
+
+    from ..exporters.artifact import Manifest
+    from ..exporters.program import ExportedProgram
+    from ..exporters.settings import ExportSettings, Precision
+    from ..models.checkpoint import Checkpoint
+
+Progress = Callable[[str], None]
+"""Told in a few words what is being done now."""
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can be used on this machine, and if not, why and what mends it."""
+
+    can_export: bool
+    can_run: bool
+    reason: str = ""
+    mend: str = ""
+    """The command that mends it."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """What an export starts from."""
+
+    checkpoint: Checkpoint
+    settings: ExportSettings
+    calibration: Sequence[Mapping[str, torch.Tensor]] = ()
+    """Batches of real inputs: int8 is calibrated on them, float16 ranges are checked on them."""
+    progress: Progress = lambda _: None
+
+
+class Runner(ABC):
+    """A loaded program."""
+
+    properties: Mapping[str, str]
+    """Compile properties as read back from the runtime, threads included."""
+
+    @abstractmethod
+    def __call__(self, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        """Run one batch of int64 tensors [batch, sequence]; float32 outputs by name. Inputs that the program does not
+        take are left out.
+
+        Raises:
+            InputError: a shape that the program does not take.
+        """
+
+    @abstractmethod
+    def prepare(self, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
+        """The runtime's own inference call with this batch bound: what is timed, nothing of ours inside."""
+
+    def close(self) -> None:
+        """Free the device; the runner is not called again. Nothing to do for most."""
+        return
+
+
+class Backend(ABC):
+    """One way to compile and run a model."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for `limbeck backends`."""
+    precisions: ClassVar[tuple[Precision, ...]] = ("fp32",)
+    default_precision: ClassVar[Precision] = "fp32"
+    formats: ClassVar[tuple[str, ...]]
+    """The artifact formats (`Manifest.format`) that this backend loads."""
+    built_format: ClassVar[str] = ""
+    """The format that `build` makes of a kit, where there is a build."""
+
+    @abstractmethod
+    def probe(self) -> Availability:
+        """Look at the machine without importing anything heavy."""
+
+    @abstractmethod
+    def export(self, job: ExportJob, folder: Path) -> ExportedProgram:
+        """Write the program's files into an empty folder and say what they are.
+
+        Raises:
+            UsageError: a precision or sparsity that this backend does not have.
+            BackendUnavailable: a package that the export needs is missing.
+        """
+
+    @abstractmethod
+    def load(self, folder: Path, manifest: Manifest, threads: int | None = None) -> Runner:
+        """Open a verified artifact.
+
+        Raises:
+            BackendUnavailable: the runtime or the device is not here.
+        """
+
+    def build(self, kit: Path, manifest: Manifest, folder: Path, progress: Progress) -> dict[str, Any]:
+        """Turn a kit into the built program's files in `folder`, on the device it will run on; returns evidence for
+        the manifest (what the compiler chose and said).
+
+        Raises:
+            BackendUnavailable: this backend needs no build, or the device or compiler is not here.
+        """
+        raise UsageError(f"A {self.name} artifact needs no build: it runs as it was exported.")

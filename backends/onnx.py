@@ -1,0 +1,130 @@
+"""ONNX Runtime: portable graphs, fp32, fp16 and static int8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..environment import available_cpus, installed_version, is_importable
+from ..errors import BackendUnavailable, InputError, UsageError
+from .base import Availability, Backend, ExportJob, Runner
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from ..exporters.artifact import Manifest
+    from ..exporters.program import ExportedProgram
+
+_INSTALL = 'pip install "limbeck[onnx]"'
+
+
+class OnnxRunner(Runner):
+    """A session of ONNX Runtime's CPU provider."""
+
+    def __init__(self, graph: Path, threads: int | None = None) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or available_cpus()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors only: its warnings are about fusions that did not apply
+        try:
+            self._session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        except (onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented, RuntimeError) as error:
+            raise BackendUnavailable(
+                f"ONNX Runtime's CPU cannot run {graph.name}: {str(error).splitlines()[0]}"
+            ) from error
+        self._inputs = [value.name for value in self._session.get_inputs()]
+        self._outputs = [value.name for value in self._session.get_outputs()]
+        self.properties = {
+            "runtime": f"onnxruntime {onnxruntime.__version__}",
+            "providers": ", ".join(self._session.get_providers()),
+            "threads": str(options.intra_op_num_threads),
+        }
+
+    def __call__(self, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        import onnxruntime
+
+        try:
+            values = self._session.run(self._outputs, self._feed(batch))
+        except onnxruntime.capi.onnxruntime_pybind11_state.OnnxRuntimeException as error:  # pragma: no cover
+            raise InputError(f"ONNX Runtime refused the inputs: {str(error).splitlines()[0]}") from error
+        except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
+            shape = tuple(next(iter(batch.values())).shape)
+            raise InputError(
+                f"The program does not take inputs of shape {shape}: {str(error).splitlines()[0]}"
+            ) from error
+        return {name: value.astype("float32") for name, value in zip(self._outputs, values, strict=True)}
+
+    def prepare(self, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
+        import onnxruntime
+
+        binding = self._session.io_binding()
+        bound = self._feed(batch)
+        for name, value in bound.items():
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
+        for name in self._outputs:
+            binding.bind_output(name)
+        run = self._session.run_with_iobinding
+
+        def call(keep: object = bound) -> object:  # bound values are read in place, so they must outlive the binding
+            return run(binding)
+
+        return call
+
+    def _feed(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        return {name: batch[name].numpy() for name in self._inputs}
+
+
+class OnnxBackend(Backend):
+    """`--backend onnx`."""
+
+    name = "onnx"
+    summary = "ONNX graph, run by ONNX Runtime on the CPU"
+    precisions = ("fp32", "fp16", "int8")
+    formats = ("onnx",)
+
+    def probe(self) -> Availability:
+        missing = [module for module in ("onnx", "onnxscript", "onnxruntime") if not is_importable(module)]
+        if missing:
+            return Availability(False, False, f"not installed: {', '.join(missing)}", _INSTALL)
+        return Availability(True, True, facts={"onnxruntime": installed_version("onnxruntime") or "?"})
+
+    def export(self, job: ExportJob, folder: Path) -> ExportedProgram:
+        from ..exporters import onnx as exporter
+        from ..exporters.program import ExportedProgram
+
+        precision = job.settings.precision
+        if precision == "bf16":
+            raise UsageError("ONNX Runtime's CPU has no bf16; the onnx backend takes fp32, fp16 and int8.")
+        job.progress("tracing the graph")
+        if precision == "fp16":
+            import torch
+
+            from ..exporters.precision import half_precision
+
+            with half_precision(job.checkpoint.module, torch.float16):
+                exported = exporter.export_graph(job.checkpoint, job.settings)
+        else:
+            exported = exporter.export_graph(job.checkpoint, job.settings)
+        if precision == "int8":
+            job.progress("calibrating int8")
+            exporter.quantize_int8(exported, job.checkpoint, job.calibration)
+        exported.save_pretrained(folder)
+        graph = exported.program.graph
+        return ExportedProgram(
+            format="onnx",
+            inputs=exporter.tensor_specs(graph.inputs),
+            outputs=exporter.tensor_specs(graph.outputs),
+            weights=exporter.read_weights(folder / exporter.GRAPH_FILE),
+        )
+
+    def load(self, folder: Path, manifest: Manifest, threads: int | None = None) -> Runner:
+        from ..exporters.onnx import GRAPH_FILE
+
+        available = self.probe()
+        if not available.can_run:
+            raise BackendUnavailable(f"ONNX Runtime is needed to open {folder}: {available.reason}.", available.mend)
+        return OnnxRunner(folder / GRAPH_FILE, threads)

@@ -1,0 +1,127 @@
+"""OpenVINO: fp32, bf16, fp16 and post-training int8 by NNCF, on Intel-style CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..environment import available_cpus, installed_version, is_importable
+from ..errors import BackendUnavailable, InputError
+from .base import Availability, Backend, ExportJob, Runner
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from ..exporters.artifact import Manifest
+    from ..exporters.program import ExportedProgram
+
+_INSTALL = 'pip install "limbeck[openvino]"'
+_READ_BACK = (
+    "INFERENCE_PRECISION_HINT",
+    "INFERENCE_NUM_THREADS",
+    "NUM_STREAMS",
+    "PERFORMANCE_HINT",
+    "EXECUTION_DEVICES",
+    "KV_CACHE_PRECISION",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE",
+)
+
+
+class OpenVINORunner(Runner):
+    """One infer request of a model compiled for the CPU."""
+
+    def __init__(self, graph: Path, properties: Mapping[str, str], threads: int | None = None) -> None:
+        import openvino
+
+        wanted = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": str(threads or available_cpus()),
+            **properties,
+        }
+        try:
+            compiled = openvino.Core().compile_model(str(graph), "CPU", wanted)
+        except RuntimeError as error:
+            raise BackendUnavailable(f"OpenVINO cannot compile {graph.name}: {_last_line(error)}") from error
+        self._request = compiled.create_infer_request()
+        self._inputs = [port.get_any_name() for port in compiled.inputs]
+        self._outputs = [port.get_any_name() for port in compiled.outputs]
+        read_back = {name: _text(compiled.get_property(name)) for name in _READ_BACK}
+        self.properties = {"runtime": f"openvino {openvino.__version__}", **read_back}
+        self.properties["threads"] = self.properties["INFERENCE_NUM_THREADS"]
+
+    def __call__(self, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        feed = {name: batch[name].numpy() for name in self._inputs}
+        try:
+            values = self._request.infer(feed, share_inputs=True)
+        except RuntimeError as error:
+            shape = tuple(next(iter(batch.values())).shape)
+            raise InputError(f"The program does not take inputs of shape {shape}: {_last_line(error)}") from error
+        return {name: values[name].astype("float32") for name in self._outputs}
+
+    def prepare(self, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
+        import openvino
+
+        for name in self._inputs:
+            self._request.set_tensor(name, openvino.Tensor(batch[name].numpy().copy()))
+        infer: Callable[[], object] = self._request.infer
+        return infer
+
+
+def _text(value: Any) -> str:
+    """A property as OpenVINO's own configuration spells it."""
+    if hasattr(value, "get_type_name"):
+        return str(value.get_type_name())
+    return ", ".join(str(item) for item in value) if isinstance(value, list | tuple) else str(value)
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+class OpenVINOBackend(Backend):
+    """`--backend openvino`."""
+
+    name = "openvino"
+    summary = "OpenVINO IR, run by its CPU plug-in"
+    precisions = ("fp32", "bf16", "fp16", "int8", "native")
+    formats = ("openvino",)
+
+    def probe(self) -> Availability:
+        if not is_importable("openvino"):
+            return Availability(False, False, "not installed: openvino", _INSTALL)
+        facts = {"openvino": installed_version("openvino") or "?"}
+        if not is_importable("nncf"):
+            return Availability(True, True, "int8 needs nncf, which is not installed", _INSTALL, facts)
+        return Availability(True, True, facts={**facts, "nncf": installed_version("nncf") or "?"})
+
+    def export(self, job: ExportJob, folder: Path) -> ExportedProgram:
+        from ..exporters import openvino as exporter
+        from ..exporters.program import ExportedProgram
+
+        precision = job.settings.precision
+        if precision == "int8" and not is_importable("nncf"):
+            raise BackendUnavailable("An int8 export to OpenVINO needs nncf, which is not installed.", _INSTALL)
+        job.progress("tracing the graph")
+        exported = exporter.export_graph(job.checkpoint, job.settings)
+        if precision == "int8":
+            job.progress("calibrating int8")
+            exporter.quantize_int8(exported, job.checkpoint, job.calibration)
+        exported.save_pretrained(folder)
+        return ExportedProgram(
+            format="openvino",
+            inputs=exporter.tensor_specs(exported.program.inputs),
+            outputs=exporter.tensor_specs(exported.program.outputs),
+            weights=exporter.read_weights(folder / exporter.GRAPH_FILE, job.checkpoint.module),
+            compile_properties=exporter.COMPILE_PROPERTIES[precision],
+        )
+
+    def load(self, folder: Path, manifest: Manifest, threads: int | None = None) -> Runner:
+        from ..exporters.openvino import GRAPH_FILE
+
+        available = self.probe()
+        if not available.can_run:
+            raise BackendUnavailable(f"OpenVINO is needed to open {folder}: {available.reason}.", available.mend)
+        return OpenVINORunner(folder / GRAPH_FILE, manifest.compile_properties, threads)

@@ -1,0 +1,116 @@
+"""Backends by name: ours from a table, others from the entry-point group `limbeck.backends`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import BackendUnavailable, InputError, UsageError
+from .base import Availability, Backend, Runner
+
+if TYPE_CHECKING:
+    from ..exporters.artifact import Manifest
+
+ENTRY_POINT_GROUP = "limbeck.backends"
+
+# Entry points need an installed package; ours work from a checkout too.
+_BUILT_IN = {
+    "onnx": ".onnx:OnnxBackend",
+    "openvino": ".openvino:OpenVINOBackend",
+    "tensorrt": ".tensorrt:TensorRTBackend",
+}
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One line of `limbeck backends`."""
+
+    name: str
+    summary: str
+    source: str
+    availability: Availability
+
+
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def backend_names() -> list[str]:
+    """Every name that `--backend` takes, ours first."""
+    return [*_BUILT_IN, *(name for name in sorted(_entry_points()) if name not in _BUILT_IN)]
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        UsageError: there is none; the message lists the known and suggests the near.
+        BackendUnavailable: a plug-in that does not import, or is no `Backend`.
+    """
+    if name in _BUILT_IN:
+        module, _, attribute = _BUILT_IN[name].partition(":")
+        backend: type[Backend] = getattr(importlib.import_module(module, __package__), attribute)
+        return backend()
+    point = _entry_points().get(name)
+    if point is None:
+        known = backend_names()
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"There is no backend {name!r}; the backends are {', '.join(known)}.{meant}")
+    try:
+        loaded = point.load()
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise BackendUnavailable(f"The plug-in backend {name!r} ({point.value}) does not import: {error}.") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Backend)):
+        raise BackendUnavailable(f"The plug-in backend {name!r} ({point.value}) is not a limbeck Backend.")
+    return loaded()
+
+
+def list_backends() -> list[Listing]:
+    """All backends with what they can do here; one that is broken is listed as such and harms no other."""
+    listings = []
+    for name in backend_names():
+        source = "built in" if name in _BUILT_IN else _entry_points()[name].value
+        try:
+            backend = get_backend(name)
+        except BackendUnavailable as error:
+            listings.append(Listing(name, "", source, Availability(False, False, error.message)))
+        else:
+            listings.append(Listing(name, backend.summary, source, backend.probe()))
+    return listings
+
+
+def backend_of_format(artifact_format: str) -> Backend:
+    """The backend that loads artifacts of this format.
+
+    Raises:
+        InputError: no backend here does.
+    """
+    for name in backend_names():
+        try:
+            backend = get_backend(name)
+        except BackendUnavailable:
+            continue  # a broken plug-in must not stand in the way of the others
+        if artifact_format in backend.formats:
+            return backend
+    raise InputError(
+        f"No backend here opens artifacts of the format {artifact_format!r}; there are {', '.join(backend_names())}.",
+        "Install the plug-in that wrote it.",
+    )
+
+
+def load_runner(path: Path, threads: int | None = None) -> tuple[Runner, Manifest]:
+    """Verify an artifact and load it on its backend's runtime.
+
+    Raises:
+        IntegrityError: a file is not the one that was exported.
+        BackendUnavailable: its runtime or device is not here.
+    """
+    from ..exporters.artifact import open_artifact
+
+    manifest = open_artifact(path)
+    return backend_of_format(manifest.format).load(path, manifest, threads), manifest

@@ -1,0 +1,174 @@
+"""TensorRT: kits are exported anywhere, engines are built and run on NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..environment import gpu_facts, installed_version, is_importable
+from ..errors import BackendUnavailable
+from .base import Availability, Backend, ExportJob, Progress, Runner
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from ..exporters.artifact import Manifest
+    from ..exporters.program import ExportedProgram
+
+KIT, ENGINE = "tensorrt", "tensorrt-engine"
+PLAN_NAME = "model.engine"
+_INSTALL_EXPORT = 'pip install "limbeck[onnx]"'
+_INSTALL = 'pip install tensorrt "limbeck[tensorrt]" --extra-index-url https://pypi.nvidia.com'
+_NEEDS_GPU = "Use a machine with an NVIDIA GPU and driver, and there: " + _INSTALL
+_LISTED = 10
+
+
+class TensorRTBackend(Backend):
+    """`--backend tensorrt`."""
+
+    name = "tensorrt"
+    summary = "TensorRT: a build kit anywhere, an engine where a GPU is"
+    precisions = ("fp32", "fp16", "bf16", "int8")
+    formats = (KIT, ENGINE)
+
+    def probe(self) -> Availability:
+        missing = [module for module in ("onnx", "onnxscript", "onnxruntime") if not is_importable(module)]
+        if missing:
+            return Availability(False, False, f"not installed: {', '.join(missing)}", _INSTALL_EXPORT)
+        facts = {"tensorrt": installed_version("tensorrt") or "-"}
+        lacking = missing_for_engines()
+        if lacking:
+            reason = f"kits are exported, engines are neither built nor run here: {'; '.join(lacking)}"
+            return Availability(True, False, reason, _mend(lacking), facts)
+        return Availability(True, True, facts={**facts, "gpu": gpu_facts()[0].get("name", "?")})
+
+    def export(self, job: ExportJob, folder: Path) -> ExportedProgram:
+        from ..exporters import onnx, tensorrt
+        from ..exporters.build_plan import BuildPlan
+        from ..exporters.inputs import longest
+        from ..exporters.program import ExportedProgram
+        from ..exporters.sparsity import require_pattern, sparsity_evidence
+
+        settings = job.settings
+        job.progress("tracing the graph")
+        exported = tensorrt.export_graph(job.checkpoint, settings, job.calibration)
+        exported.save_pretrained(folder)
+        sparse_layers = sparsity_evidence(folder / onnx.GRAPH_FILE, tensorrt.prunable_modules(job.checkpoint))
+        if settings.sparsity is not None:
+            require_pattern(sparse_layers, job.checkpoint.source)
+        evidence: dict[str, Any] = {}
+        if settings.precision == "fp16":
+            evidence["float16 range"] = _float_range(job, exported.program)
+        inputs = onnx.tensor_specs(exported.program.graph.inputs)
+        plan = BuildPlan.of(
+            settings, [spec.name for spec in inputs], longest(job.checkpoint, settings.shapes), onnx.OPSET
+        )
+        plan.save(folder)
+        return ExportedProgram(
+            format=KIT,
+            inputs=inputs,
+            outputs=onnx.tensor_specs(exported.program.graph.outputs),
+            weights=onnx.read_weights(folder / onnx.GRAPH_FILE),
+            compile_properties={"flags": ", ".join(plan.flags), "strongly typed": "yes"},
+            sparse_layers=sparse_layers,
+            evidence=evidence,
+            unverified="never built or run on a GPU",
+        )
+
+    def load(self, folder: Path, manifest: Manifest, threads: int | None = None) -> Runner:
+        if manifest.format == KIT:
+            return KitRunner(folder, manifest.settings.precision, threads)
+        lacking = missing_for_engines()
+        if lacking:
+            raise BackendUnavailable(
+                f"{folder} is a TensorRT engine, which cannot run here: {'; '.join(lacking)}.", _mend(lacking)
+            )
+        from .tensorrt_engine import EngineRunner
+
+        return EngineRunner(folder / PLAN_NAME)
+
+    def build(self, kit: Path, manifest: Manifest, folder: Path, progress: Progress) -> dict[str, Any]:
+        lacking = missing_for_engines()
+        if lacking:
+            raise BackendUnavailable(
+                f"The kit {kit} cannot be built into an engine here: {'; '.join(lacking)}.", _mend(lacking)
+            )
+        from ..exporters.build_plan import BuildPlan
+        from .tensorrt_build import build_engine
+
+        return build_engine(kit, BuildPlan.load(kit), folder / PLAN_NAME, progress)
+
+
+class KitRunner(Runner):
+    """A kit's graph on ONNX Runtime's CPU: for checks of accuracy, never for speed. ONNX Runtime has no bfloat16 on the
+    CPU, so a bf16 kit runs as its float32 twin, with the weights that bfloat16 rounded."""
+
+    def __init__(self, folder: Path, precision: str, threads: int | None = None) -> None:
+        from ..exporters.onnx import GRAPH_FILE
+        from .onnx import OnnxRunner
+
+        if precision == "bf16":
+            import onnx_ir
+
+            from ..exporters.float_range import float32_twin, write_graph
+
+            with tempfile.TemporaryDirectory() as scratch:
+                twin = float32_twin(onnx_ir.load(str(folder / GRAPH_FILE)))
+                self._runner = OnnxRunner(write_graph(twin, Path(scratch)), threads)
+        else:
+            self._runner = OnnxRunner(folder / GRAPH_FILE, threads)
+        arithmetic = {"bf16": "float32 with bfloat16 weights", "fp16": "float16 through float32"}
+        self.properties = {
+            **self._runner.properties,
+            "stands in for": "a TensorRT engine that was not built: the kit's graph, on the CPU",
+            "arithmetic": arithmetic.get(precision, precision),
+        }
+
+    def __call__(self, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        return self._runner(batch)
+
+    def prepare(self, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
+        return self._runner.prepare(batch)
+
+
+def missing_for_engines() -> list[str]:
+    """What stands in the way of building and running engines on this machine, in words; empty if nothing does."""
+    packages = [module for module in ("tensorrt", "polygraphy") if not is_importable(module)]
+    lacking = [f"not installed: {', '.join(packages)}"] if packages else []
+    return lacking if gpu_facts() else [*lacking, "there is no NVIDIA GPU (nvidia-smi lists none)"]
+
+
+def _mend(lacking: list[str]) -> str:
+    return _INSTALL if lacking[-1].startswith("not installed") else _NEEDS_GPU
+
+
+def _float_range(job: ExportJob, program: Any) -> dict[str, Any]:
+    """Measure and check every half tensor on the real batches, and on long random ones."""
+    from ..exporters.float_range import FLOAT16_MAX, MARGIN, check_ranges, measure_ranges
+    from ..exporters.inputs import longest, probe_batch
+
+    job.progress("checking float16 ranges")
+    top = longest(job.checkpoint, job.settings.shapes)
+    random = [probe_batch(job.checkpoint, 4, top, padded=padded) for padded in (False, True)]
+    ranges = measure_ranges(program, [*job.calibration, *random])
+    check_ranges(ranges)
+    return {
+        "maximum": FLOAT16_MAX,
+        "margin": MARGIN,
+        "tensors": len(ranges),
+        "real batches": len(job.calibration),
+        "random batches": len(random),
+        "widest": [
+            {
+                "module": entry.module,
+                "operator": entry.operator,
+                "tensor": entry.tensor,
+                "largest": entry.largest,
+                "share": entry.share,
+            }
+            for entry in ranges[:_LISTED]
+        ],
+    }

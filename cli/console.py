@@ -1,0 +1,109 @@
+"""What people see while work goes on: bars on a terminal, plain lines in a log; results go to standard output."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from ..recipes.progress import Progress
+
+_LINE_EVERY_SECONDS = 20.0
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class _Lines(Progress):
+    """For logs: one line when something begins, and one every 20 seconds while it goes on."""
+
+    def __init__(self) -> None:
+        self._stage, self._text, self._last = "", "", time.monotonic()
+
+    def begin(self, stage: str) -> None:
+        self._stage = stage
+
+    def say(self, text: str) -> None:
+        self._text, self._last = text, time.monotonic()
+        err.print(f"{self._prefix()}{text}", markup=False)
+
+    def advance(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last >= _LINE_EVERY_SECONDS:
+            self._last = now
+            err.print(f"{self._prefix()}{self._text}: {done} of {total}", markup=False)
+
+    def _prefix(self) -> str:
+        return f"[{self._stage}] " if self._stage else ""
+
+
+class _Bar(Progress):
+    """For terminals: what is being done, with a bar where its length is known."""
+
+    def __init__(self, bars: Bars) -> None:
+        self._bars, self._stage = bars, ""
+        self._task: TaskID | None = None
+
+    def begin(self, stage: str) -> None:
+        self._finish()
+        self._stage = stage
+
+    def say(self, text: str) -> None:
+        self._finish()
+        name = f"{self._stage}: {text}" if self._stage and not text.startswith(self._stage) else text
+        self._task = self._bars.add_task(name, total=None)
+
+    def advance(self, done: int, total: int) -> None:
+        if self._task is None:
+            self.say("working")
+        if self._task is not None:
+            self._bars.update(self._task, completed=done, total=total)
+
+    def _finish(self) -> None:
+        if self._task is not None:
+            task = self._bars.tasks[-1]
+            self._bars.update(self._task, completed=task.total or 1, total=task.total or 1)
+            self._task = None
+
+
+class _NotedBars(logging.Handler):
+    """What limbeck says of its own accord (a guessed column, say) goes above the bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(record.getMessage(), markup=False)
+
+
+@contextmanager
+def working() -> Iterator[Progress]:
+    """Progress on standard error for the length of a command."""
+    noted = logging.getLogger("limbeck")
+    handler = _NotedBars()
+    noted.addHandler(handler)
+    noted.setLevel(logging.INFO)
+    try:
+        if err.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+                       TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+            with Bars(*columns, console=err) as bars:
+                yield _Bar(bars)
+        else:
+            yield _Lines()
+    finally:
+        noted.removeHandler(handler)
+
+
+def print_json(value: Any) -> None:
+    """Print JSON to standard output, and nothing else."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def done(text: str) -> None:
+    """The last line of a command that wrote something."""
+    err.print(text, markup=False)

@@ -1,0 +1,76 @@
+"""`limbeck export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import checked, column_option, json_option, model_options, out_options, pairs
+
+EXAMPLES = """
+\b
+Examples:
+  limbeck export ./model --backend onnx --out artifact
+  limbeck export ./model --backend openvino --precision int8 --calibration texts.jsonl --out artifact
+  limbeck export ./sparse --backend tensorrt --precision fp16 --sparsity 2:4 --out kit
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("checkpoint")
+@click.option(
+    "--backend", required=True, metavar="NAME", help="onnx, openvino, tensorrt or a plug-in's (limbeck backends)."
+)
+@click.option(
+    "--precision", metavar="P", help="fp32, fp16, bf16, int8 or native; the backend's own default if not given."
+)
+@click.option("--sparsity", metavar="N:M", help="Require this pattern of zeros and let the compiler use it: 2:4.")
+@click.option(
+    "--calibration", metavar="FILE", help="Real texts: int8 is calibrated and float16 ranges are checked on them."
+)
+@click.option("--calibration-samples", type=int, help="Rows of --calibration that are used.  [default: 300]")
+@click.option("--max-batch", type=int, help="Largest batch the program takes.  [default: 64]")
+@click.option(
+    "--max-sequence", type=int, help="Longest input the program takes, in tokens.  [default: the model's limit]"
+)
+@model_options
+@column_option
+@out_options
+@json_option
+def command(
+    checkpoint: str, backend: str, precision: str | None, calibration: str | None, max_batch: int | None,
+    max_sequence: int | None, task: str | None, trust_remote_code: bool, columns: tuple[str, ...],
+    out: str, overwrite: bool, as_json: bool, **settings: object,
+) -> None:  # fmt: skip
+    """Compile CHECKPOINT (a folder or hub id) into an artifact.
+
+    The artifact is checked before it appears: outputs at several shapes against torch, every weight against the
+    checkpoint's. It carries its tokenizer and a manifest that hashes every file.
+    """
+    from ..backends.registry import get_backend
+    from ..exporters.settings import ExportSettings, ShapeRange
+    from ..files import check_output_folder
+    from .console import done, print_json, working
+    from .summary import artifact_summary
+
+    chosen = get_backend(backend)
+    shapes = checked(ShapeRange, {"max_batch": max_batch, "max_sequence": max_sequence})
+    values = {**settings, "backend": backend, "precision": precision or chosen.default_precision, "shapes": shapes}
+    wanted = checked(ExportSettings, values)
+    check_output_folder(Path(out), overwrite)
+    with working() as progress:
+        progress.say("loading")
+        from ..models.checkpoint import load_checkpoint
+        from ..recipes.steps import export
+
+        loaded = load_checkpoint(checkpoint, task, trust_remote_code)
+        rows = loaded.read(calibration, pairs(columns, "--column")) if calibration else None
+        manifest = export(loaded, wanted, Path(out), calibration=rows, overwrite=overwrite, progress=progress)
+    if as_json:
+        print_json(artifact_summary(manifest, Path(out)))
+    for check in manifest.checks:
+        done(f"{check.name}: {check.detail}.")
+    if manifest.unverified:
+        done(f"Unverified: {manifest.unverified}.")
+    done(f"Artifact {manifest.artifact_id} ({backend}, {wanted.precision}) written to {out}.")

@@ -1,0 +1,70 @@
+"""`limbeck validate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import checked, column_option, existing, json_option, model_options, out_options, pairs
+
+EXAMPLES = """
+\b
+Examples:
+  limbeck validate artifact --teacher ./model --data heldout.jsonl --out report
+  limbeck validate artifact --teacher ./model --data pairs.csv --gates gates.yaml --out report
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("artifacts", nargs=-1, required=True)
+@click.option("--teacher", required=True, metavar="CKPT", help="What the artifacts must stand up to.")
+@click.option(
+    "--data", required=True, metavar="FILE", help="Held-out examples; with labels or scores where there are any."
+)
+@click.option("--gates", metavar="FILE", help="YAML with limits; their verdict is the exit code.")
+@click.option("--latency/--no-latency", default=True, help="Time teacher and artifacts side by side.  [default: on]")
+@click.option("--batch-size", type=int, help="Of the timed call.  [default: 1]")
+@click.option("--sequence-length", type=int, help="Of the timed call, in tokens.  [default: 128]")
+@click.option("--threads", type=int, help="[default: all]")
+@click.option("--samples", type=int, help="Use the first N rows only.")
+@model_options
+@column_option
+@out_options
+@json_option
+def command(
+    artifacts: tuple[str, ...], teacher: str, data: str, gates: str | None, latency: bool, samples: int | None,
+    task: str | None, trust_remote_code: bool, columns: tuple[str, ...], out: str, overwrite: bool, as_json: bool,
+    **settings: object,
+) -> None:  # fmt: skip
+    """Hold ARTIFACTS against their teacher on the same examples, and write a report.
+
+    Exits with 1 when a gate or a check says no, with 5 when the examples cannot decide.
+    """
+    from ..files import check_output_folder, staged_folder
+    from ..validate.gates import load_gates, raise_for_verdict
+    from .console import done, print_json, working
+    from .console import out as stdout
+
+    limits = load_gates(existing(gates)) if gates else []
+    check_output_folder(Path(out), overwrite)
+    folders = {Path(artifact).name: existing(artifact) for artifact in artifacts}
+    with working() as progress:
+        progress.say("loading")
+        from ..models.checkpoint import load_checkpoint
+        from ..recipes.steps import validate
+        from ..validate.latency import BenchSettings
+        from ..validate.rendering import render_table, write_report
+
+        timing = checked(BenchSettings, settings) if latency else None
+        loaded = load_checkpoint(teacher, task, trust_remote_code)
+        rows = loaded.read(data, pairs(columns, "--column")).head(samples)
+        report = validate(folders, loaded, rows, gates=limits, latency=timing, progress=progress)
+        with staged_folder(Path(out), overwrite) as staging:
+            write_report(report, staging)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        stdout.print(render_table(report))
+    done(f"Report: {Path(out) / 'report.html'}")
+    raise_for_verdict(report)

@@ -1,0 +1,110 @@
+"""Facts about the machine and the installed versions, recorded in every manifest and report."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+from typing import Any
+
+PACKAGES_OF_RECORD = (
+    "limbeck",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "tensorrt",
+    "numpy",
+)
+_INSTRUCTION_SETS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "sve",
+)
+
+
+def installed_version(package: str) -> str | None:
+    """The installed version of a pip package, or `None`; imports nothing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def is_importable(module: str) -> bool:
+    """Whether `import module` would find something; imports nothing."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what shapes an artifact, and Python's own."""
+    found = {package: version for package in PACKAGES_OF_RECORD if (version := installed_version(package))}
+    return {"python": platform.python_version(), **found}
+
+
+def available_cpus() -> int:
+    """Logical CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+@functools.cache
+def cpu_facts() -> dict[str, Any]:
+    """Model name, logical CPUs available, memory in bytes, and the instruction sets that decide speed
+    (VNNI for int8, bf16 and AMX for matrix products)."""
+    name, flags = platform.processor() or platform.machine(), set[str]()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                key, _, value = line.partition(":")
+                if key.strip() == "model name":
+                    name = value.strip()
+                elif key.strip() in ("flags", "Features"):
+                    flags = set(value.split())
+                    break
+    except OSError:
+        pass  # not Linux: the name from `platform` has to do
+    return {
+        "name": name,
+        "machine": platform.machine(),
+        "cpus": available_cpus(),
+        "memory_bytes": _memory_bytes(),
+        "instruction_sets": [flag for flag in _INSTRUCTION_SETS if flag in flags],
+    }
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+@functools.cache
+def gpu_facts() -> list[dict[str, str]]:
+    """NVIDIA GPUs as `nvidia-smi` reports them (name, driver, compute capability, memory); empty without one."""
+    fields = ("name", "driver_version", "compute_cap", "memory.total")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [dict(zip(fields, (cell.strip() for cell in line.split(",")), strict=False)) for line in output.splitlines()]
+
+
+def facts() -> dict[str, Any]:
+    """Everything above in one JSON-ready value."""
+    return {"cpu": cpu_facts(), "gpus": gpu_facts(), "platform": platform.platform(), "versions": versions()}

@@ -1,0 +1,157 @@
+"""Range analysis: how close each float16 tensor of a graph comes to float16's end.
+
+ONNX Runtime's CPU computes float16 through float32 and so hides an overflow that a GPU would show. Hence the graph's
+float32 twin is run: same nodes, same (rounded) weights, every half tensor widened, with the largest magnitude of each
+as an extra output. What is measured is therefore exactly what will be half on the device, fusions aside.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ExportMismatch
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+FLOAT16_MAX = 65_504.0
+MARGIN = 2.0
+"""A tensor may reach 1/2 of the maximum: real traffic holds inputs that no calibration file does."""
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_MOVES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Expand", "Slice", "Split", "Concat"})
+"""Operators that only move values, so their outputs' ranges are known from their inputs'."""
+_PREFIX = "limbeck_largest_"
+
+
+@dataclass(frozen=True)
+class TensorRange:
+    """The largest magnitude that was seen in one half-precision tensor."""
+
+    tensor: str
+    module: str
+    """The module whose forward makes the tensor."""
+    operator: str
+    largest: float
+
+    @property
+    def share(self) -> float:
+        """Of float16's maximum."""
+        return self.largest / FLOAT16_MAX
+
+
+def measure_ranges(model: onnx_ir.Model, batches: Iterable[Mapping[str, torch.Tensor]]) -> list[TensorRange]:
+    """Run the float32 twin of a half-precision graph on every batch.
+
+    Args:
+        batches: int64 tensors [batch, sequence] by input name; names that the graph lacks are left out.
+
+    Returns:
+        One entry a tensor that is half in `model`, the widest first; empty where nothing is half.
+    """
+    import onnxruntime
+
+    twin, watched = _twin_with_ranges(model)
+    if not watched:
+        return []
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_graph(twin, Path(folder))
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_inputs()]
+        largest = dict.fromkeys(watched, 0.0)
+        for batch in batches:
+            values = session.run([_PREFIX + name for name in watched], {name: batch[name].numpy() for name in names})
+            for name, value in zip(watched, values, strict=True):
+                # A NaN here comes from infinities that met: as far beyond the range as can be.
+                seen = float("inf") if value != value else float(value)
+                largest[name] = max(largest[name], seen)
+    found = [TensorRange(name, *watched[name], largest[name]) for name in watched]
+    return sorted(found, key=lambda entry: -entry.largest)
+
+
+def check_ranges(ranges: Sequence[TensorRange], margin: float = MARGIN) -> None:
+    """Refuse tensors that come closer to float16's maximum than the margin allows.
+
+    Raises:
+        ExportMismatch: names the module of the widest tensor, and how wide it is.
+    """
+    beyond = [entry for entry in ranges if not entry.largest * margin <= FLOAT16_MAX]
+    if beyond:
+        worst = beyond[0]
+        what = "overflows float16" if worst.largest > FLOAT16_MAX else "comes too close to float16's end"
+        raise ExportMismatch(
+            f"{worst.module or 'The model'} {what}: {worst.operator} reaches {worst.largest:,.0f}, float16 ends at "
+            f"{FLOAT16_MAX:,.0f}, and a margin of {margin:g}x is kept ({len(beyond)} of {len(ranges)} tensors).",
+            "Use --precision bf16, which has the range of float32.",
+        )
+
+
+def float32_twin(model: onnx_ir.Model) -> onnx_ir.Model:
+    """The same graph with every half tensor widened to float32; weights keep the values they were rounded to."""
+    import onnx_ir
+
+    half = (onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16)
+    twin = model.clone()
+    for value in twin.graph.initializers.values():
+        if value.const_value is not None and value.const_value.dtype in half:
+            value.const_value = onnx_ir.tensor(value.const_value.numpy().astype("float32"), name=value.name)
+    for node in twin.graph.all_nodes():
+        for name, attribute in list(node.attributes.items()):
+            if attribute.type == onnx_ir.AttributeType.INT and name in ("to", "dtype") and attribute.value in half:
+                node.attributes[name] = onnx_ir.AttrInt64(name, onnx_ir.DataType.FLOAT.value)
+            elif attribute.type == onnx_ir.AttributeType.TENSOR and attribute.value.dtype in half:
+                wide = onnx_ir.tensor(attribute.value.numpy().astype("float32"), name=attribute.value.name)
+                node.attributes[name] = onnx_ir.AttrTensor(name, wide)
+        for value in node.outputs:
+            if value.dtype in half:
+                value.dtype = onnx_ir.DataType.FLOAT
+    for value in (*twin.graph.inputs, *twin.graph.initializers.values()):
+        if value.dtype in half:
+            value.dtype = onnx_ir.DataType.FLOAT
+    return twin
+
+
+def write_graph(model: onnx_ir.Model, folder: Path) -> Path:
+    """Write a graph with its weights beside it (past protobuf's 2 GB too) and return the graph's path."""
+    import onnx_ir
+
+    path = folder / "graph.onnx"
+    onnx_ir.save(model, str(path), external_data=f"{path.name}.data")
+    return path
+
+
+def _twin_with_ranges(model: onnx_ir.Model) -> tuple[onnx_ir.Model, dict[str, tuple[str, str]]]:
+    """The twin with a scalar output for each half tensor, and module and operator of each by tensor name."""
+    import onnx_ir
+
+    watched = {
+        str(value.name): (_module_of(node), str(node.op_type))
+        for node in model.graph
+        if node.op_type not in _MOVES
+        for value in node.outputs
+        if value.dtype in (onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16)
+    }
+    twin = float32_twin(model)
+    values = {value.name: value for node in twin.graph for value in node.outputs}
+    for name in watched:
+        size = onnx_ir.node("Abs", [values[name]])
+        largest = onnx_ir.node("ReduceMax", size.outputs, {"keepdims": 0})
+        output = largest.outputs[0]
+        output.name = _PREFIX + name
+        output.shape, output.dtype = onnx_ir.Shape([]), onnx_ir.DataType.FLOAT
+        twin.graph.extend([size, largest])
+        twin.graph.outputs.append(output)
+    return twin, watched
+
+
+def _module_of(node: Any) -> str:
+    text = node.metadata_props.get(_SCOPES, "")
+    scopes = [part.strip().strip("'\"") for part in text.strip("[]").split(",")]
+    return scopes[-2] if len(scopes) > 1 else ""

@@ -1,0 +1,180 @@
+"""ONNX: trace a checkpoint's module into a graph with stable names, write it, and read its weights back."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..environment import cpu_facts
+from ..errors import InputError
+from ..models.checkpoint import Checkpoint
+from .artifact import TensorSpec
+from .inputs import dynamic_shapes, sample_inputs
+from .parameter_names import TRANSPOSED, ParameterNames
+from .program import ProgramWeight
+from .settings import ExportSettings
+
+if TYPE_CHECKING:
+    import onnx_ir
+    from transformers.exporters import ExportedModel
+
+OPSET = 20
+"""Pinned: the exporter's default moves with onnxscript's releases."""
+GRAPH_FILE = "model.onnx"
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_HALF_ROUNDING = 2.0**-11
+"""Relative rounding of float16; bfloat16 keeps 8 bits (2^-8)."""
+_BFLOAT16_ROUNDING = 2.0**-8
+
+
+@contextmanager
+def quiet_exporters() -> Iterator[None]:
+    """Keep tracing's chatter (version drift, missing torchvision, decomposition ticks) out of the user's terminal;
+    errors still come through."""
+    names = ("transformers", "torch.onnx", "torch.export", "onnxscript", "onnx_ir", "nncf", "root")
+    loggers = [logging.getLogger(None if name == "root" else name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # torch.onnx prints its ticks
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def export_graph(checkpoint: Checkpoint, settings: ExportSettings) -> ExportedModel:
+    """Trace the checkpoint's module into an ONNX graph whose weights carry their parameters' names.
+
+    Batch and sequence vary within `settings.shapes`; every other axis is fixed.
+    """
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    config = OnnxConfig(opset_version=OPSET, dynamic_shapes=dynamic_shapes(checkpoint, settings.shapes))
+    with quiet_exporters():
+        exported = OnnxExporter().export(checkpoint.module, sample_inputs(checkpoint), config)
+    name_weights(exported.program, checkpoint.module)
+    return exported
+
+
+def name_weights(graph_model: onnx_ir.Model, module: nn.Module) -> None:
+    """Give every weight of the graph its parameter's name; a constant that holds the transpose, as the second operand
+    of a MatMul does, gets the suffix `.T`."""
+    names = ParameterNames(module)
+    graph = graph_model.graph
+    taken = set(graph.initializers)
+    for value in list(graph.initializers.values()):
+        if value.const_value is None or not value.const_value.dtype.is_floating_point():
+            continue
+        uses = list(value.uses())
+        scopes = [scope for use in uses for scope in _scopes_of(use.node)]
+        name = names.find(_bits(value.const_value), scopes)
+        if name is None or name == value.name or name in taken:
+            continue
+        taken.add(name)
+        value.name = name
+        value.const_value.name = name
+
+
+def _scopes_of(node: Any) -> Sequence[str]:
+    text = node.metadata_props.get(_SCOPES, "")
+    return [part.strip().strip("'\"") for part in text.strip("[]").split(",") if part.strip()]
+
+
+def _bits(tensor: Any) -> np.ndarray:
+    array: np.ndarray = tensor.numpy()
+    return array.view(np.int16) if array.dtype.itemsize == 2 else array
+
+
+def quantize_int8(
+    exported: ExportedModel, checkpoint: Checkpoint, calibration: Sequence[Mapping[str, torch.Tensor]]
+) -> None:
+    """Static int8 by ONNX Runtime's quantiser (Q/DQ nodes), calibrated on real batches: unsigned activations and
+    signed weights per channel, the pair that VNNI instructions multiply.
+
+    Raises:
+        InputError: no calibration data.
+    """
+    from onnxruntime.quantization import QuantType
+    from transformers.exporters import OnnxRuntimeQuantizer, OnnxRuntimeStaticConfig
+
+    if not calibration:
+        raise InputError("An int8 export needs real inputs to calibrate on.", "Add --calibration FILE.")
+    config = OnnxRuntimeStaticConfig(
+        op_types_to_quantize=["MatMul", "Gemm"],
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        # Without VNNI the int16 sums of u8 x s8 products saturate at full range.
+        reduce_range=not any("vnni" in flag for flag in cpu_facts()["instruction_sets"]),
+    )
+    quantizer = OnnxRuntimeQuantizer(config, calibration_dataset=[dict(batch) for batch in calibration])
+    component = exported.components["model"]
+    with quiet_exporters():
+        component.program = quantizer.quantize(component.program, sample_inputs(checkpoint), "onnx")
+
+
+def read_weights(path: Path) -> Iterator[ProgramWeight]:
+    """Every named weight of a written graph, as float32 in its parameter's layout, one at a time."""
+    import onnx_ir
+
+    graph = onnx_ir.load(str(path)).graph
+    for value in graph.initializers.values():
+        if value.const_value is None or value.name is None:
+            continue
+        yield from _weight_of(value.name, value, graph)
+
+
+def _weight_of(name: str, value: Any, graph: Any) -> Iterator[ProgramWeight]:
+    tensor = value.const_value
+    if name.endswith("_quantized"):
+        dequantize = next((use.node for use in value.uses() if use.node.op_type == "DequantizeLinear"), None)
+        if dequantize is not None:
+            yield _dequantized(name.removesuffix("_quantized"), tensor.numpy(), dequantize)
+    elif tensor.dtype.is_floating_point() and not name.endswith(("_scale", "_zero_point")):
+        values = np.asarray(tensor.numpy(), dtype=np.float32)
+        rounding = {"FLOAT16": _HALF_ROUNDING, "BFLOAT16": _BFLOAT16_ROUNDING}.get(tensor.dtype.name)
+        step: np.ndarray | float = 0.0 if rounding is None else np.abs(values) * rounding + 2.0**-24
+        yield _in_parameter_layout(name, values, step)
+
+
+def _dequantized(name: str, values: np.ndarray, node: Any) -> ProgramWeight:
+    scale = node.inputs[1].const_value.numpy().astype(np.float32)
+    zero_point = node.inputs[2].const_value.numpy().astype(np.float32) if len(node.inputs) > 2 else np.float32(0)
+    axis = node.attributes["axis"].value if "axis" in node.attributes else 1
+    if scale.ndim == 1 and scale.size > 1:
+        shape = [1] * values.ndim
+        shape[axis] = -1
+        scale, zero_point = scale.reshape(shape), np.reshape(zero_point, shape)
+    real = (values.astype(np.float32) - zero_point) * scale
+    return _in_parameter_layout(name, real, np.broadcast_to(scale / 2, real.shape))
+
+
+def _in_parameter_layout(name: str, values: np.ndarray, step: np.ndarray | float) -> ProgramWeight:
+    if name.endswith(TRANSPOSED):
+        turned = step.T if isinstance(step, np.ndarray) else step
+        return ProgramWeight(name.removesuffix(TRANSPOSED), values.T, turned)
+    return ProgramWeight(name, values, step)
+
+
+def tensor_specs(values: Sequence[Any]) -> list[TensorSpec]:
+    """Inputs or outputs of an `onnx_ir` graph as the manifest lists them."""
+    return [
+        TensorSpec(
+            name=value.name,
+            dtype=value.dtype.name.lower(),
+            shape=[size if isinstance(size, int) else None for size in value.shape],
+        )
+        for value in values
+    ]

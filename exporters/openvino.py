@@ -1,0 +1,200 @@
+"""OpenVINO: trace a checkpoint's module into an IR with stable names, quantise it, and read its weights back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import InputError
+from ..models.checkpoint import Checkpoint
+from .artifact import TensorSpec
+from .inputs import dynamic_shapes, sample_inputs
+from .onnx import quiet_exporters
+from .parameter_names import TRANSPOSED, ParameterNames
+from .program import ProgramWeight
+from .settings import ExportSettings, Precision
+
+if TYPE_CHECKING:
+    from transformers.exporters import ExportedModel
+
+GRAPH_FILE = "openvino_model.xml"
+_SMOOTHED = "nncf_smooth_quant"
+
+COMPILE_PROPERTIES: dict[Precision, dict[str, str]] = {
+    # The CPU plugin takes bf16 on its own where the CPU has it, and ignores the hint written in the IR: what a
+    # precision means has to be said at compile time.
+    "fp32": {"INFERENCE_PRECISION_HINT": "f32"},
+    "fp16": {"INFERENCE_PRECISION_HINT": "f16"},
+    "bf16": {"INFERENCE_PRECISION_HINT": "bf16"},
+    "int8": {"INFERENCE_PRECISION_HINT": "f32"},
+    "native": {},
+}
+
+
+def export_graph(checkpoint: Checkpoint, settings: ExportSettings) -> ExportedModel:
+    """Trace the checkpoint's module into an `openvino.Model` whose weights carry their parameters' names."""
+    from transformers.exporters import OpenVINOConfig, OpenVINOExporter
+
+    config = OpenVINOConfig(dynamic_shapes=dynamic_shapes(checkpoint, settings.shapes), stateful=False)
+    with quiet_exporters():
+        exported = OpenVINOExporter().export(checkpoint.module, sample_inputs(checkpoint), config)
+    name_weights(exported.program, checkpoint.module)
+    if settings.precision == "fp16":
+        from openvino._offline_transformations import compress_model_transformation
+
+        compress_model_transformation(exported.program)
+    return exported
+
+
+def name_weights(model: Any, module: nn.Module) -> None:
+    """Name every constant after the parameter it holds, and the operation that multiplies or looks it up after the
+    parameter's module, so that the weight can still be found once a quantiser has rewritten the constant."""
+    names = ParameterNames(module)
+    taken: set[str] = set()
+    for operation in model.get_ordered_ops():
+        if operation.get_type_name() != "Constant" or not operation.get_element_type().is_real():
+            continue
+        if operation.get_output_size() != 1 or operation.output(0).get_partial_shape().rank.get_length() == 0:
+            continue
+        name = names.find(_bits(operation.data))
+        if name is None or name in taken:
+            continue
+        taken.add(name)
+        operation.set_friendly_name(name)
+        for port in operation.output(0).get_target_inputs():
+            user = port.get_node()
+            owner = name.removesuffix(TRANSPOSED).rpartition(".")[0]
+            if user.get_type_name() in ("MatMul", "Gather") and owner not in taken:
+                taken.add(owner)
+                user.set_friendly_name(owner)
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    return values.view(np.int16) if values.dtype.itemsize == 2 else values
+
+
+def quantize_int8(
+    exported: ExportedModel, checkpoint: Checkpoint, calibration: Sequence[Mapping[str, torch.Tensor]]
+) -> None:
+    """Post-training int8 by NNCF, calibrated on real batches.
+
+    Raises:
+        InputError: no calibration data.
+    """
+    import nncf
+    from transformers.exporters import NNCFOpenVINOQuantizer, NNCFQuantizationConfig
+
+    if not calibration:
+        raise InputError("An int8 export needs real inputs to calibrate on.", "Add --calibration FILE.")
+    config = NNCFQuantizationConfig(model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration))
+    quantizer = NNCFOpenVINOQuantizer(config, calibration_dataset=[dict(batch) for batch in calibration])
+    component = exported.components["model"]
+    with quiet_exporters(), _nncf_silent():
+        component.program = quantizer.quantize(component.program, sample_inputs(checkpoint), "openvino")
+
+
+@contextmanager
+def _nncf_silent() -> Iterator[None]:
+    """NNCF draws its own progress bars and logs each step; limbeck reports the export as one step of its own."""
+    import nncf
+    from nncf.common.logging.track_progress import track
+
+    nncf.set_log_level(logging.ERROR)
+    original = track.__init__
+
+    def without_bar(bar: Any, *args: Any, **settings: Any) -> None:
+        original(bar, *args, **settings)
+        bar.disable = True
+        if getattr(bar, "progress", None) is not None:
+            bar.progress.disable = True
+
+    track.__init__ = without_bar
+    try:
+        yield
+    finally:
+        track.__init__ = original
+
+
+def read_weights(path: Path, module: nn.Module) -> Iterator[ProgramWeight]:
+    """Every named weight of a written IR, as float32 in its parameter's layout, one at a time.
+
+    A quantised weight is `int8 constant -> Convert -> Multiply(scale)`; where NNCF smoothed the activations
+    (SmoothQuant, Xiao et al. 2023), the scale moved into the weight is taken out again.
+    """
+    import openvino
+
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    owners = {name.rpartition(".")[0]: name for name in parameters if name.endswith(".weight")}
+    model = openvino.Core().read_model(str(path))
+    for operation in model.get_ordered_ops():
+        name = operation.get_friendly_name()
+        kind = operation.get_type_name()
+        if kind in ("Constant", "Convert") and name.removesuffix(TRANSPOSED) in parameters:
+            values, step = _evaluate(operation)
+            yield _in_parameter_layout(name, values, step)
+        elif kind in ("MatMul", "Gather") and name in owners:
+            weight = operation.input_value(1 if kind == "MatMul" else 0).get_node()
+            if weight.get_type_name() == "Multiply":
+                yield _quantised_weight(owners[name], operation, weight)
+
+
+def _quantised_weight(name: str, operation: Any, weight: Any) -> ProgramWeight:
+    values, step = _evaluate(weight)
+    if operation.get_type_name() == "MatMul":
+        smoothing = _smoothing_of(operation.input_value(0).get_node())
+        if not operation.get_attributes()["transpose_b"]:
+            values, step = values.T, np.broadcast_to(step, values.shape).T
+        if smoothing is not None:
+            values, step = values * smoothing, step * smoothing
+    return ProgramWeight(name, values, step)
+
+
+def _smoothing_of(node: Any) -> np.ndarray | None:
+    """The factor per input channel by which the activation is multiplied before the product, if it is."""
+    if node.get_type_name() == "FakeQuantize":
+        node = node.input_value(0).get_node()
+    if node.get_type_name() == "Multiply" and _SMOOTHED in node.get_friendly_name():
+        return np.asarray(_evaluate(node.input_value(1).get_node())[0]).reshape(1, -1)
+    return None
+
+
+def _evaluate(node: Any) -> tuple[np.ndarray, np.ndarray | float]:
+    """A constant sub-graph's value as float32, and the rounding that its storage explains."""
+    kind = node.get_type_name()
+    if kind == "Constant":
+        values = np.asarray(node.data)
+        real = values.astype(np.float32)
+        if values.dtype == np.float16:
+            return real, np.abs(real) * 2.0**-11 + 2.0**-24
+        return real, 0.5 if values.dtype in (np.int8, np.uint8) else 0.0
+    inputs = [_evaluate(port.get_source_output().get_node()) for port in node.inputs()]
+    if kind == "Convert":
+        return inputs[0]
+    if kind == "Multiply":
+        return inputs[0][0] * inputs[1][0], np.abs(inputs[0][1] * inputs[1][0])
+    if kind == "Subtract":
+        return inputs[0][0] - inputs[1][0], inputs[0][1]
+    raise InputError(f"The weight {node.get_friendly_name()} is stored in a way that cannot be audited ({kind}).")
+
+
+def _in_parameter_layout(name: str, values: np.ndarray, step: np.ndarray | float) -> ProgramWeight:
+    if name.endswith(TRANSPOSED):
+        turned = step.T if isinstance(step, np.ndarray) else step
+        return ProgramWeight(name.removesuffix(TRANSPOSED), values.T, turned)
+    return ProgramWeight(name, values, step)
+
+
+def tensor_specs(ports: Sequence[Any]) -> list[TensorSpec]:
+    """Inputs or outputs of an `openvino.Model` as the manifest lists them."""
+    specs = []
+    for port in ports:
+        shape = [size.get_length() if size.is_static else None for size in port.get_partial_shape()]
+        specs.append(TensorSpec(name=port.get_any_name(), dtype=port.get_element_type().get_type_name(), shape=shape))
+    return specs

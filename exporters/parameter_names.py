@@ -1,0 +1,65 @@
+"""Which parameter a constant of an exported graph is: found by content, since exporters rename and transpose."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+TRANSPOSED = ".T"
+"""Suffix of a constant that holds a parameter's transpose."""
+
+
+class ParameterNames:
+    """Looks up the parameters of a module by the bytes they hold.
+
+    Several parameters may hold the same bytes (tied weights, biases that are all zero): each look-up then hands out
+    the one that belongs to the given scope, or the first that was not yet handed out.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._by_content: dict[tuple[int, bytes], list[str]] = defaultdict(list)
+        self._given: set[str] = set()
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if not parameter.is_floating_point():
+                continue
+            values = _array(parameter)
+            self._by_content[_key(values)].append(name)
+            if values.ndim == 2 and min(values.shape) > 1:
+                self._by_content[_key(values.T)].append(name + TRANSPOSED)
+
+    def find(self, values: np.ndarray, scopes: Sequence[str] = ()) -> str | None:
+        """The parameter's name (with `TRANSPOSED` where the constant holds its transpose), or `None`.
+
+        Args:
+            values: the constant; axes of size one do not count.
+            scopes: qualified names of the modules around the constant's use, innermost last.
+        """
+        candidates = self._by_content.get(_key(values), [])
+        if not candidates:
+            return None
+        in_scope = [name for name in candidates if any(_owner(name) == scope for scope in scopes)]
+        fresh = [name for name in (*in_scope, *candidates) if name not in self._given]
+        name = fresh[0] if fresh else (in_scope or candidates)[0]
+        self._given.add(name)
+        return name
+
+
+def _owner(name: str) -> str:
+    return name.removesuffix(TRANSPOSED).rpartition(".")[0]
+
+
+def _array(parameter: nn.Parameter) -> np.ndarray:
+    tensor = parameter.detach().cpu()
+    # NumPy has no bfloat16: its bits travel as int16.
+    array: np.ndarray = (tensor.view(torch.int16) if tensor.dtype.itemsize == 2 else tensor).numpy()
+    return array
+
+
+def _key(values: np.ndarray) -> tuple[int, bytes]:
+    squeezed = np.ascontiguousarray(np.squeeze(values))
+    return squeezed.ndim, hashlib.sha256(str(squeezed.shape).encode() + squeezed.tobytes()).digest()

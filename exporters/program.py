@@ -1,0 +1,44 @@
+"""What an exporter hands back: the files it wrote, described, and the weights inside them for the audit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .artifact import SparseLayer, TensorSpec
+
+
+@dataclass(frozen=True)
+class ProgramWeight:
+    """One weight as the compiled program holds it, brought back to real numbers.
+
+    Attributes:
+        name: the parameter's name in the traced module.
+        values: float32, in the parameter's own layout.
+        step: the largest rounding that its storage explains, broadcastable to `values`: half a quantisation step for
+            int8, 0 where the weight is stored as it was traced.
+    """
+
+    name: str
+    values: np.ndarray
+    step: np.ndarray | float = 0.0
+
+
+@dataclass(frozen=True)
+class ExportedProgram:
+    """A freshly written program, before its checks."""
+
+    format: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    weights: Iterator[ProgramWeight]
+    """Every parameter found in the written files, read back from them."""
+    compile_properties: Mapping[str, str] = field(default_factory=dict)
+    sparse_layers: list[SparseLayer] = field(default_factory=list)
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    unverified: str | None = None
+    is_kit: bool = False
+    """The program still has to be built on the device it is for."""

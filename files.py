@@ -1,0 +1,179 @@
+"""Files that are whole or absent: staging beside the target, moving into place, hashing, and paths that stay inside."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, LimbeckError, UsageError
+
+_STAGING = ".staging-"
+_REPLACED = ".replaced-"
+
+
+class DiskFull(LimbeckError):
+    """No room left for what was being written; what was staged has been removed."""
+
+    exit_code = 4
+
+
+def _siblings(target: Path, kind: str) -> list[Path]:
+    parent = target.parent
+    return sorted(parent.glob(f".{target.name}{kind}*")) if parent.is_dir() else []
+
+
+def mend_half_done_swap(target: Path) -> None:
+    """Finish what a killed process left beside `target`: bring back the replaced folder if the new one never came,
+    and drop stale staging folders."""
+    for replaced in _siblings(target, _REPLACED):
+        if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(target)
+    for staging in _siblings(target, _STAGING):
+        owner = staging.name.rsplit("-", 2)[-2]
+        if not (owner.isdigit() and _is_running(int(owner))):
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def check_output_folder(target: Path, overwrite: bool = False) -> None:
+    """Refuse an output folder that holds something, before any work is done.
+
+    Raises:
+        UsageError: `target` is a file, or a folder with something in it and `overwrite` is false.
+    """
+    mend_half_done_swap(target)
+    if target.is_dir():
+        if any(target.iterdir()) and not overwrite:
+            raise UsageError(f"The output folder {target} is not empty.", "Choose another --out, or add --overwrite.")
+    elif target.exists():
+        raise UsageError(f"{target} is a file; --out takes a folder.", "Choose another --out.")
+
+
+@contextmanager
+def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A new empty folder beside `target` that takes its place when the block ends well, and is removed when it does
+    not. With `overwrite` the old folder is renamed aside first, so a killed process leaves the old or the new.
+
+    Raises:
+        UsageError: `target` holds something and `overwrite` is false.
+        DiskFull: the disk filled up inside the block.
+    """
+    check_output_folder(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.parent / f".{target.name}{_STAGING}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    staging.mkdir()
+    try:
+        with _disk_full_named(target):
+            yield staging
+        _swap(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _swap(staging: Path, target: Path) -> None:
+    replaced = None
+    if target.exists():
+        replaced = target.parent / f".{target.name}{_REPLACED}{uuid.uuid4().hex[:8]}"
+        target.rename(replaced)
+    staging.rename(target)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _disk_full_named(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                f"The disk is full: {target} could not be written, and nothing of it was left behind.",
+                "Free some space, or choose an --out on another disk.",
+            ) from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole: beside the target first, then moved over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.parent / f".{path.name}{_STAGING}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    try:
+        with _disk_full_named(path):
+            staging.write_text(text, encoding="utf-8")
+            os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        InputError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist.") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}.") from error
+
+
+def sha256_of_file(path: Path) -> str:
+    """The file's SHA-256, as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """The SHA-256 of a value's canonical JSON (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every regular file below `folder`, as paths relative to it, sorted."""
+    yield from sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def path_inside(folder: Path, name: str) -> Path:
+    """`folder / name`, refused when it would leave the folder (absolute, `..`, or a link that points outside).
+
+    Raises:
+        InputError: the path leaves `folder`.
+    """
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise InputError(
+            f"{name!r} points outside {folder}.", "Do not use this folder: it may have been tampered with."
+        )
+    return path
+
+
+def total_size(paths: Iterable[Path]) -> int:
+    """The size of the files together, in bytes."""
+    return sum(path.stat().st_size for path in paths)

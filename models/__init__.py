@@ -1,0 +1,1 @@
+"""What is compressed: data and tasks, the anatomy of architectures, checkpoints with their lineage."""

@@ -1,0 +1,88 @@
+"""Tokenised examples, and batches of them padded to the longest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Feature = dict[str, Any]
+"""One example as token ids: `input_ids`, `attention_mask`, ... and `labels` where the task has them per token."""
+Batch = dict[str, torch.Tensor]
+"""int64 tensors of shape [batch, sequence]; `labels` may be [batch]."""
+Run = Callable[[Mapping[str, torch.Tensor]], Mapping[str, np.ndarray]]
+"""Whatever computes a model's named outputs from a batch: eager torch, or a backend's runner."""
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised rows, and what they are scored against.
+
+    `references` has one value an example (labels, pair scores), or is `None` where the data has none. A task may
+    lay out more features than references: sentence pairs are two features an example.
+    """
+
+    features: list[Feature]
+    references: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+def pad(features: Sequence[Feature], tokenizer: PreTrainedTokenizerBase) -> Batch:
+    """One batch, padded on the right to its longest example.
+
+    Raises:
+        InputError: the tokenizer has no padding token and no end token that could stand in.
+    """
+    longest = max(len(feature["input_ids"]) for feature in features)
+    fill = {"input_ids": padding_id(tokenizer), "labels": IGNORED_LABEL}
+    batch: Batch = {}
+    for name in features[0]:
+        if isinstance(features[0][name], int | float):  # one label an example
+            batch[name] = torch.tensor([feature[name] for feature in features])
+            continue
+        rows = [list(feature[name]) + [fill.get(name, 0)] * (longest - len(feature[name])) for feature in features]
+        batch[name] = torch.tensor(rows, dtype=torch.int64)
+    return batch
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: the padding token's, or the end token's where a model has none (as decoders often do)."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise InputError(
+        "The tokenizer has neither a padding token nor an end token, so its texts cannot be batched.",
+        "Set pad_token in the model folder's tokenizer_config.json.",
+    )
+
+
+def batches_by_length(
+    examples: Examples, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Batches of examples of like length (little padding), each with its examples' positions [batch]."""
+    order = np.argsort([len(feature["input_ids"]) for feature in examples.features], kind="stable")
+    for start in range(0, len(order), batch_size):
+        positions = order[start : start + batch_size]
+        yield positions, pad([examples.features[i] for i in positions], tokenizer)
+
+
+def concatenate_in_order(parts: Iterable[tuple[np.ndarray, Mapping[str, Any]]]) -> dict[str, np.ndarray]:
+    """Join per-batch arrays [batch, ...] and put them back in the order of the examples."""
+    positions, values = [], []
+    for where, part in parts:
+        positions.append(where)
+        values.append(part)
+    order = np.argsort(np.concatenate(positions), kind="stable")
+    return {name: np.concatenate([part[name] for part in values])[order] for name in values[0]}

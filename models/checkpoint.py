@@ -1,0 +1,297 @@
+"""Checkpoints: a Hugging Face folder with its tokenizer, its task and its history; loaded and saved in one call."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from ..files import read_json, staged_folder, write_json
+from .batching import Batch
+from .data import Data, read_data
+from .embedding import MODULES_FILE, Pooling, read_pooling
+from .lineage import TRAINING_ROWS_FILE, Lineage, Step
+from .tasks import TASKS, Task, get_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt")
+_LONGEST_GUESS = 512
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model with everything that belongs to it. `module` is what is trained, exported and compared."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    lineage: Lineage
+    source: str
+    hash: str
+    """SHA-256 over configuration and weights, as 64 hex digits."""
+    pooling: Pooling = field(default_factory=Pooling)
+    training_rows: Mapping[str, list[str]] = field(default_factory=dict)
+    """Data fingerprint to row hashes: every row that any step has trained on."""
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The model with the head of its task, in evaluation mode."""
+        return self.task.module(self.model, self.pooling).eval()
+
+    @property
+    def max_length(self) -> int:
+        """Tokens a text is cut at."""
+        limits = [self.pooling.max_length, self.tokenizer.model_max_length, max_positions(self.model)]
+        return int(min(limit for limit in limits if limit))
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the module, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    @property
+    def input_names(self) -> list[str]:
+        """The tokenizer's outputs that the model's forward takes, in the tokenizer's order."""
+        accepted = inspect.signature(self.model.forward).parameters
+        return [name for name in self.tokenizer.model_input_names if name in accepted]
+
+    def read(self, source: str | Path, columns: Mapping[str, str] | None = None) -> Data:
+        """Rows of a data file with this task's fields (see `read_data`)."""
+        return read_data(source, self.task.fields, columns=columns, optional=self.task.optional_fields)
+
+    def model_inputs(self, batch: Mapping[str, torch.Tensor]) -> Batch:
+        """The part of a batch that the forward takes (labels left out)."""
+        return {name: batch[name] for name in self.input_names}
+
+    @torch.inference_mode()
+    def run(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """The eager reference: named outputs of a batch as float32 arrays."""
+        outputs = self.module(**self.model_inputs(batch), **self.task.forward_flags())
+        named = (self.task.output, "last_hidden_state")
+        return {name: outputs[name].float().numpy() for name in named if name in outputs}
+
+    def after(self, model: PreTrainedModel, step: Step, data: Data | None = None) -> Checkpoint:
+        """This checkpoint with a changed model and one more step of history; its hash is that of the new weights."""
+        rows = dict(self.training_rows)
+        if data is not None:
+            rows[data.fingerprint] = data.row_hashes
+        return replace(
+            self,
+            model=model,
+            lineage=self.lineage.followed_by(step),
+            hash=hash_of_model(model),
+            training_rows=rows,
+        )
+
+    def save(self, folder: Path, overwrite: bool = False) -> None:
+        """Write the checkpoint, whole or not at all.
+
+        Raises:
+            UsageError: the folder holds something and `overwrite` is false.
+        """
+        with staged_folder(folder, overwrite) as staging:
+            self.model.save_pretrained(staging)
+            self.tokenizer.save_pretrained(staging)
+            self.lineage.save(staging)
+            if self.training_rows:
+                write_json(staging / TRAINING_ROWS_FILE, dict(self.training_rows))
+            if self.task.name == "sentence-similarity":
+                self.save_pooling(staging)
+
+    def save_pooling(self, folder: Path) -> None:
+        """Write `modules.json` and what it names, so that sentence-transformers opens the folder too."""
+        prefix = "sentence_transformers.models."
+        modules = [
+            {"idx": 0, "name": "0", "path": "", "type": prefix + "Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": prefix + "Pooling"},
+        ]
+        if self.pooling.normalize:
+            modules.append({"idx": 2, "name": "2", "path": "2_Normalize", "type": prefix + "Normalize"})
+            (folder / "2_Normalize").mkdir()
+        write_json(folder / MODULES_FILE, modules)
+        write_json(folder / "sentence_bert_config.json", {"max_seq_length": self.max_length, "do_lower_case": False})
+        flags = {f"pooling_mode_{name}": mode == self.pooling.mode for name, mode in _POOLING_FLAG_NAMES.items()}
+        width = int(self.model.config.hidden_size)
+        write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **flags})
+
+
+_POOLING_FLAG_NAMES = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "mean_sqrt_len_tokens": "-"}
+
+
+def max_positions(model: PreTrainedModel) -> int:
+    """Tokens that the model has positions for; RoBERTa-like models lose the first `padding_idx + 1` to padding."""
+    limit = int(getattr(model.config, "max_position_embeddings", 0) or _LONGEST_GUESS)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return limit - int(module.padding_idx) - 1
+    return limit
+
+
+def load_checkpoint(source: str | Path, task: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
+    """Load a model from a local folder or by its hub id.
+
+    Args:
+        task: one of `TASKS`; read from the folder's own files when not given.
+        trust_remote_code: run Python code that the model's repository ships. Off unless asked for.
+
+    Raises:
+        InputError: nothing there, no safetensors weights, or a model that does not fit the task.
+        UsageError: an unknown task.
+    """
+    folder = _local_folder(str(source))
+    lineage = Lineage.load(folder)
+    config = read_json(folder / "config.json")
+    chosen = get_task(task or (lineage.task if lineage else _guess_task(config, folder)))
+    model = _load_model(folder, chosen, config, trust_remote_code)
+    training_rows = folder / TRAINING_ROWS_FILE
+    return Checkpoint(
+        model=model,
+        tokenizer=load_tokenizer(folder, trust_remote_code),
+        task=chosen,
+        lineage=lineage or Lineage(origin=_origin(source, config), task=chosen.name),
+        source=str(source),
+        hash=hash_of_model(model),
+        pooling=read_pooling(folder) if chosen.name == "sentence-similarity" else Pooling(),
+        training_rows=read_json(training_rows) if training_rows.exists() else {},
+    )
+
+
+def _origin(source: str | Path, config: Mapping[str, Any]) -> str:
+    return str(config.get("_name_or_path") or Path(str(source)).name)
+
+
+def _local_folder(source: str) -> Path:
+    """The folder itself, or the hub's snapshot of it."""
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise InputError(f"{source} has no config.json, so it is not a model folder.")
+        _refuse_without_safetensors(path)
+        return path
+    if path.exists() or path.is_absolute() or source.startswith(".") or source.count("/") > 1:
+        raise InputError(f"{source} is not a model folder." if path.exists() else f"{source} does not exist.")
+    return _hub_snapshot(source)
+
+
+def _hub_snapshot(source: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise InputError(
+            f"{source} is neither a folder here nor a model that could be had from the hub.",
+            "Check the spelling and the network, or give a local folder.",
+        ) from error
+    _refuse_without_safetensors(folder)
+    return folder
+
+
+def _refuse_without_safetensors(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = [name for name in _PICKLES if (folder / name).exists()]
+    if pickles:
+        raise InputError(
+            f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is opened; "
+            "only safetensors are read.",
+            "Convert it where you trust it: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW).",
+        )
+    raise InputError(f"{folder} has a config.json but no weights (*.safetensors).")
+
+
+def _guess_task(config: Mapping[str, Any], folder: Path) -> str:
+    """The task by what the folder says of itself: sentence-transformers' files, then the architecture's head."""
+    if (folder / MODULES_FILE).exists():
+        return "sentence-similarity"
+    architectures = config.get("architectures") or []
+    heads = {
+        "ForSequenceClassification": "text-classification",
+        "ForTokenClassification": "token-classification",
+        "ForMaskedLM": "fill-mask",
+        "ForCausalLM": "text-generation",
+        "LMHeadModel": "text-generation",
+    }
+    for architecture in architectures:
+        for ending, task in heads.items():
+            if architecture.endswith(ending):
+                return task
+        if architecture.endswith("Model"):
+            logger.info("%s has no head: read as sentence-similarity with mean pooling (--task changes it)", folder)
+            return "sentence-similarity"
+    raise InputError(f"{folder} does not say what it is for.", f"Add --task, one of {', '.join(TASKS)}.")
+
+
+def _load_model(folder: Path, task: Task, config: Mapping[str, Any], trust_remote_code: bool) -> PreTrainedModel:
+    import transformers
+
+    auto = getattr(transformers, task.auto_class)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # what it would warn of is checked below
+    try:
+        model, report = auto.from_pretrained(
+            folder,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (ValueError, OSError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"{folder} could not be loaded for {task.name}: {str(error).strip().splitlines()[0]}"
+        ) from error
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+    if missing or report["mismatched_keys"]:
+        architectures = ", ".join(config.get("architectures") or ["unknown"])
+        raise InputError(
+            f"{folder} ({architectures}) has no weights for {missing[0] if missing else 'its head'}, "
+            f"so it cannot serve {task.name}.",
+            f"Choose the task it was trained for (--task), one of {', '.join(TASKS)}.",
+        )
+    return model.eval()
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint or artifact folder.
+
+    Raises:
+        InputError: there is none that loads.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(f"{folder} has no tokenizer that loads: {str(error).strip().splitlines()[0]}") from error
+
+
+def hash_of_model(model: PreTrainedModel) -> str:
+    """SHA-256 over the configuration's shape-giving values and every weight, as 64 hex digits: the same model has the
+    same hash wherever it lies and however it is sharded."""
+    digest = hashlib.sha256()
+    ignored = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+    config = {key: value for key, value in model.config.to_dict().items() if key not in ignored}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith("pooler."):  # an embedder's unused head, dropped on first use
+            continue
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,123 @@
+"""History of a checkpoint: what was done to it, why, with which data, starting from which parent."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .. import __version__
+from ..errors import InputError
+from ..files import read_json, write_json
+from .data import Data
+
+LINEAGE_FILE = "lineage.json"
+TRAINING_ROWS_FILE = "training_rows.json"
+LINEAGE_SCHEMA = 1
+
+
+class Curve(BaseModel):
+    """One traced quantity over training: `values[i]` at optimiser step `steps[i]`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+    name: str
+    unit: str = ""
+    steps: list[float]
+    values: list[float]
+
+    @model_validator(mode="after")
+    def _equally_long(self) -> Self:
+        if len(self.steps) != len(self.values):
+            raise ValueError(f"the curve {self.name} has {len(self.steps)} steps and {len(self.values)} values")
+        return self
+
+
+class LayerWidths(BaseModel):
+    """How wide one layer was before and after a cut (channels)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer: str
+    before: int = Field(ge=0)
+    after: int = Field(ge=0)
+
+
+class DataRecord(BaseModel):
+    """Which rows a step has seen."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    source: str
+    rows: int
+    fingerprint: str
+
+    @classmethod
+    def of(cls, data: Data) -> DataRecord:
+        """The record of these rows; the source is the file's name, since where it lay means nothing elsewhere."""
+        return cls(source=Path(data.source).name, rows=len(data), fingerprint=data.fingerprint)
+
+
+class Step(BaseModel):
+    """One thing that was done to a model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    verb: Literal["distill", "prune"]
+    method: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    rationale: str | None = None
+    parent: str | None = None
+    """Hash of the checkpoint that this step started from."""
+    teacher: str | None = None
+    """Hash of the teacher, where there was one."""
+    data: DataRecord | None = None
+    seconds: float | None = None
+    curves: list[Curve] = Field(default_factory=list)
+    widths: list[LayerWidths] = Field(default_factory=list)
+    note: str | None = None
+    limbeck: str = __version__
+    finished: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+class Lineage(BaseModel):
+    """A checkpoint's whole history, oldest step first."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = LINEAGE_SCHEMA
+    origin: str
+    """Name of the model that everything started from."""
+    task: str
+    steps: list[Step] = Field(default_factory=list)
+
+    def followed_by(self, step: Step) -> Lineage:
+        """This history with one more step."""
+        return self.model_copy(update={"steps": [*self.steps, step]})
+
+    def save(self, folder: Path) -> None:
+        """Write `lineage.json` into the folder."""
+        write_json(folder / LINEAGE_FILE, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, folder: Path) -> Lineage | None:
+        """The history kept in a checkpoint folder, or `None` for a model that limbeck has not touched.
+
+        Raises:
+            InputError: the file is malformed, or written by a newer limbeck.
+        """
+        path = folder / LINEAGE_FILE
+        if not path.exists():
+            return None
+        value = read_json(path)
+        version = value.get("schema_version", 0) if isinstance(value, dict) else 0
+        if isinstance(version, int) and version > LINEAGE_SCHEMA:
+            raise InputError(
+                f"{path} has schema version {version}; this limbeck reads up to {LINEAGE_SCHEMA}.", "Upgrade limbeck."
+            )
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            raise InputError(f"{path} is not a lineage that limbeck wrote: {error.errors()[0]['msg']}.") from error

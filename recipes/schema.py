@@ -1,0 +1,175 @@
+"""The recipe: a YAML file that says what to make of a teacher, what it must reach, and how that is measured."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..distill.settings import DistillSettings
+from ..errors import InputError
+from ..exporters.settings import Precision, ShapeRange
+from ..prune.settings import PruneSettings
+from ..validate.report import Gate, describe_problems
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSources(_Part):
+    """Files relative to the recipe, Hugging Face ids, or `builtin:train` and `builtin:validation`."""
+
+    train: str
+    validation: str
+    calibration: str | None = None
+    """What int8 is calibrated on; the training text when not given."""
+    columns: dict[str, str] = Field(default_factory=dict)
+
+
+class Stage(_Part):
+    """One change of a model: exactly one of `distill` and `prune`."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    start: str | None = None
+    """The stage (or `teacher`) that this one starts from; the stage above when not given."""
+    distill: DistillSettings | None = None
+    prune: PruneSettings | None = None
+    rationale: str | None = None
+
+    @model_validator(mode="after")
+    def _one_verb(self) -> Self:
+        if (self.distill is None) == (self.prune is None):
+            raise ValueError(f"the stage {self.name} needs exactly one of distill and prune")
+        return self
+
+
+class Export(_Part):
+    """One artifact. A baseline (`start: teacher`) is measured beside the candidates and never gated."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    start: str
+    backend: str
+    precision: Precision = "fp32"
+    sparsity: Literal["2:4"] | None = None
+    shapes: ShapeRange = ShapeRange()
+    calibration_samples: int = Field(300, ge=1)
+    baseline: bool = False
+
+
+class Constraints(_Part):
+    """What the result must reach, stated before anything is trained."""
+
+    artifact: str = "*"
+    """Which artifacts are meant (a glob on their names)."""
+    latency_p50_ms: float | None = Field(None, gt=0)
+    latency_p90_ms: float | None = Field(None, gt=0)
+    latency_p99_ms: float | None = Field(None, gt=0)
+    speedup_p50: float | None = Field(None, gt=0)
+    """At least so many times faster than the eager teacher."""
+    size_mb: float | None = Field(None, gt=0)
+    peak_memory_mb: float | None = Field(None, gt=0)
+    energy_mj: float | None = Field(None, gt=0)
+    """Millijoules a call, where the machine can measure it."""
+    quality: dict[str, float] = Field(default_factory=dict)
+    """Metric to the least value, for example `spearman_kept: 0.97`."""
+
+    def limits(self) -> dict[str, float]:
+        """The limits on cost that were stated, by metric."""
+        stated = self.model_dump(exclude={"artifact", "quality"}, exclude_none=True)
+        return {name: float(value) for name, value in stated.items()}
+
+    def gates(self) -> list[Gate]:
+        """The same as gates on the measured result."""
+        why = "a constraint of the recipe"
+        cost = [
+            Gate(metric=name, candidate=self.artifact, why=why, **{"min" if name == "speedup_p50" else "max": limit})
+            for name, limit in self.limits().items()
+        ]
+        return cost + [
+            Gate(metric=name, candidate=self.artifact, min=least, why=why) for name, least in self.quality.items()
+        ]
+
+    def means(self, artifact: str) -> bool:
+        """Whether an artifact of this name is meant."""
+        return fnmatchcase(artifact, self.artifact)
+
+
+class Bench(_Part):
+    """How latency is measured."""
+
+    batch_size: int = Field(1, ge=1)
+    sequence_length: int = Field(128, ge=1)
+    threads: int | None = Field(None, ge=1)
+    rounds: int = Field(5, ge=1)
+
+
+class Recipe(_Part):
+    """A whole run, from teacher to report."""
+
+    version: Literal[1] = 1
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    teacher: str
+    """A local folder (relative to the recipe), a hub id, or `package:NAME/FOLDER` for a model in a pip package."""
+    task: str
+    data: DataSources
+    constraints: list[Constraints] = Field(default_factory=list)
+    compiled_teacher: bool = False
+    """Compute the teacher's outputs while distilling through OpenVINO instead of eager torch, once the compiled
+    teacher has been checked against it."""
+    stages: list[Stage] = Field(min_length=1)
+    exports: list[Export] = Field(min_length=1)
+    bench: Bench = Bench()
+    gates: list[Gate] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _names_resolve(self) -> Self:
+        known = {"teacher"}
+        for stage in self.stages:
+            if stage.start is not None and stage.start not in known:
+                raise ValueError(f"the stage {stage.name} starts from {stage.start}, which no stage above it makes")
+            if stage.name in known:
+                raise ValueError(f"the name {stage.name} is given twice")
+            known.add(stage.name)
+        names = [export.name for export in self.exports]
+        for export in self.exports:
+            if export.start not in known:
+                raise ValueError(f"the export {export.name} starts from {export.start}, which no stage makes")
+            if export.name in known or names.count(export.name) > 1:
+                raise ValueError(f"the name {export.name} is given twice")
+        for limits in self.constraints:
+            if not any(limits.means(name) for name in names):
+                raise ValueError(f"a constraint names {limits.artifact}, which no export makes ({', '.join(names)})")
+        return self
+
+    def start_of(self, stage: Stage) -> str:
+        """The name of what a stage starts from."""
+        above = self.stages.index(stage) - 1
+        return stage.start or (self.stages[above].name if above >= 0 else "teacher")
+
+    def all_gates(self) -> list[Gate]:
+        """Gates and constraints together."""
+        return [*(gate for limits in self.constraints for gate in limits.gates()), *self.gates]
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        InputError: the file is missing, is not YAML, or says something that is not valid; the message names the key.
+    """
+    try:
+        value: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"The recipe {path} does not exist.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a recipe: it holds no mapping.")
+    try:
+        return Recipe.model_validate(value)
+    except ValidationError as error:
+        raise InputError(f"{path} is not a valid recipe: {describe_problems(error)}.") from error

@@ -1,0 +1,358 @@
+"""One function a verb: what the command line and recipes call, and what a Python user imports."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from ..backends.base import ExportJob
+from ..backends.registry import backend_of_format, get_backend, load_runner
+from ..distill.distillation import keeping_hidden, needs_hidden, student_of
+from ..distill.distillation import distill as train_student
+from ..distill.settings import DistillSettings
+from ..distill.trainer import TeacherCall
+from ..environment import facts
+from ..errors import BackendUnavailable, ExportMismatch, UsageError
+from ..exporters.artifact import CheckRecord, Manifest, open_artifact, read_manifest, seal
+from ..exporters.inputs import probe_batches, token_stream
+from ..exporters.program import ExportedProgram
+from ..exporters.settings import ExportSettings
+from ..files import check_output_folder, files_below, read_json, staged_folder, write_json
+from ..models.batching import Batch, Examples, pad
+from ..models.checkpoint import Checkpoint
+from ..models.data import Data
+from ..models.lineage import TRAINING_ROWS_FILE
+from ..prune.pruning import prune as prune_checkpoint
+from ..prune.settings import PruneSettings
+from ..validate.gates import apply_gates
+from ..validate.latency import BenchResult, BenchSettings, BenchSubject
+from ..validate.latency import bench as time_side_by_side
+from ..validate.measurement import (
+    check_overlap,
+    describe_teacher,
+    measure_artifact,
+    set_standard,
+    with_latency,
+)
+from ..validate.parity import check_parity
+from ..validate.report import Candidate, Gate, Report
+from ..validate.weight_audit import audit_weights
+from .progress import SILENT, Progress
+
+
+def distill(
+    teacher: Checkpoint,
+    settings: DistillSettings,
+    data: Data,
+    *,
+    student: Checkpoint | None = None,
+    compiled_teacher: bool = False,
+    rationale: str | None = None,
+    progress: Progress = SILENT,
+) -> Checkpoint:
+    """Draw a student from the teacher (or go on with the one given) and train it.
+
+    Args:
+        compiled_teacher: compute the teacher's outputs through OpenVINO, after its program has been checked.
+    """
+    if student is None:
+        if settings.layers is None:
+            raise UsageError("A student has to be drawn from the teacher.", "Say how many layers it has: --layers N.")
+        student = student_of(teacher, settings.layers)
+    elif settings.layers is not None:
+        raise UsageError("A student that is at hand already cannot be drawn again: leave `layers` out.")
+
+    def train(call: TeacherCall | None) -> Checkpoint:
+        return train_student(
+            student, teacher, settings, data, teacher_call=call, rationale=rationale, progress=progress.advance
+        )
+
+    if not compiled_teacher:
+        return train(None)
+    progress.say("compiling the teacher")
+    with openvino_teacher(teacher, needs_hidden(settings.objectives, teacher.task.name)) as call:
+        progress.say("distilling")
+        return train(call)
+
+
+@contextmanager
+def openvino_teacher(teacher: Checkpoint, hidden: bool) -> Iterator[TeacherCall]:
+    """The teacher's outputs computed by OpenVINO at the runtime's own precision, checked against eager torch first."""
+    settings = ExportSettings(backend="openvino", precision="native")
+    with TemporaryDirectory(prefix="limbeck-") as folder, keeping_hidden(*([teacher] if hidden else [])):
+        backend = get_backend("openvino")
+        program = backend.export(ExportJob(teacher, settings), Path(folder))
+        runner = backend.load(Path(folder), _manifest(teacher, settings, program))
+        parity = check_parity(runner, teacher.run, probe_batches(teacher, settings.shapes), "native")
+        if not parity.passed:
+            raise ExportMismatch(f"The compiled teacher is not the teacher: {parity.detail}.", "Use the eager one.")
+        yield lambda batch: {name: torch.from_numpy(values) for name, values in runner(batch).items()}
+
+
+def prune(
+    checkpoint: Checkpoint,
+    settings: PruneSettings,
+    data: Data | None = None,
+    *,
+    rationale: str | None = None,
+    progress: Progress = SILENT,
+) -> Checkpoint:
+    """Remove what matters least; see `PruneSettings`."""
+    return prune_checkpoint(checkpoint, settings, data, rationale, progress.advance)
+
+
+def calibration_batches(checkpoint: Checkpoint, data: Data | None, samples: int) -> list[Batch]:
+    """Real inputs, one row a batch (so that no padding distorts what an int8 range is set by)."""
+    if data is None:
+        return []
+    examples: Examples = checkpoint.task.examples(
+        data.head(samples), checkpoint.tokenizer, checkpoint.max_length, checkpoint.model.config
+    )
+    batches = (pad([feature], checkpoint.tokenizer) for feature in examples.features[:samples])
+    return [checkpoint.model_inputs(batch) for batch in batches]
+
+
+def export(
+    checkpoint: Checkpoint,
+    settings: ExportSettings,
+    out: Path,
+    *,
+    calibration: Data | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Manifest:
+    """Export a checkpoint to an artifact folder, checked before it appears: outputs at several shapes against torch,
+    and every weight against the checkpoint's.
+
+    Raises:
+        ExportMismatch: the program does not compute what the checkpoint computes; nothing is left at `out`.
+        UsageError: a precision that the backend does not have, or an `out` that holds something.
+        BackendUnavailable: a package that the export needs is missing.
+    """
+    backend = get_backend(settings.backend)
+    if settings.precision not in backend.precisions:
+        valid = ", ".join(backend.precisions)
+        raise UsageError(f"The backend {backend.name} has no precision {settings.precision}; it has {valid}.")
+    available = backend.probe()
+    if not available.can_export:
+        raise BackendUnavailable(f"The backend {backend.name} cannot export here: {available.reason}.", available.mend)
+    check_output_folder(out, overwrite)
+    batches = calibration_batches(checkpoint, calibration, settings.calibration_samples)
+    with staged_folder(out, overwrite) as folder:
+        program = backend.export(ExportJob(checkpoint, settings, batches, progress.say), folder)
+        program_files = [path.as_posix() for path in files_below(folder)]
+        checkpoint.tokenizer.save_pretrained(folder)
+        if checkpoint.task.name == "sentence-similarity":
+            checkpoint.save_pooling(folder)
+        if checkpoint.training_rows:
+            write_json(folder / TRAINING_ROWS_FILE, dict(checkpoint.training_rows))
+        manifest = _manifest(checkpoint, settings, program)
+        checks = _check(checkpoint, settings, program, folder, manifest, batches, progress)
+        return seal(manifest.model_copy(update={"checks": checks, "program_files": program_files}), folder)
+
+
+def _manifest(checkpoint: Checkpoint, settings: ExportSettings, program: ExportedProgram) -> Manifest:
+    return Manifest(
+        format=program.format,
+        task=checkpoint.task.name,
+        settings=settings,
+        parent_hash=checkpoint.hash,
+        parent=checkpoint.source,
+        parameters=checkpoint.parameters,
+        inputs=program.inputs,
+        outputs=program.outputs,
+        max_length=checkpoint.max_length,
+        compile_properties=dict(program.compile_properties),
+        sparse_layers=program.sparse_layers,
+        evidence=dict(program.evidence),
+        unverified=program.unverified,
+        is_kit=program.is_kit,
+        lineage=checkpoint.lineage,
+    )
+
+
+def _check(
+    checkpoint: Checkpoint,
+    settings: ExportSettings,
+    program: ExportedProgram,
+    folder: Path,
+    manifest: Manifest,
+    batches: Sequence[Batch],
+    progress: Progress,
+) -> list[CheckRecord]:
+    progress.say("auditing the weights")
+    audit = audit_weights(checkpoint.module, program.weights, quantised=settings.precision == "int8")
+    progress.say("comparing outputs with torch")
+    runner = get_backend(settings.backend).load(folder, manifest)
+    try:
+        probes = probe_batches(checkpoint, settings.shapes, token_stream(batches))
+        parity = check_parity(runner, checkpoint.run, probes, settings.precision)
+    finally:
+        runner.close()
+    for check in (parity, audit):
+        if not check.passed:
+            raise ExportMismatch(
+                f"The exported {settings.backend} {settings.precision} program is not the model: "
+                f"{check.name}: {check.detail}.",
+                "Nothing was written. Try another --precision; if float32 fails too, please report it.",
+            )
+    return [parity, audit]
+
+
+def build(kit: Path, out: Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Manifest:
+    """Turn a kit into the program for this machine's device.
+
+    Raises:
+        BackendUnavailable: the compiler or the device is not here.
+        IntegrityError: the kit is not as it was exported.
+    """
+    manifest = open_artifact(kit)
+    check_output_folder(out, overwrite)
+    backend = backend_of_format(manifest.format)
+    with staged_folder(out, overwrite) as folder:
+        for name in set(manifest.files) - set(manifest.program_files):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(kit / name, folder / name)
+        evidence = backend.build(kit, manifest, folder, progress.say)
+        changes = {"format": backend.built_format, "is_kit": False, "unverified": None, "program_files": []}
+        return seal(manifest.model_copy(update={**changes, "evidence": {**manifest.evidence, **evidence}}), folder)
+
+
+def validate(
+    artifacts: dict[str, Path],
+    teacher: Checkpoint,
+    data: Data,
+    *,
+    gates: Sequence[Gate] = (),
+    latency: BenchSettings | None = None,
+    baselines: Sequence[str] = (),
+    progress: Progress = SILENT,
+) -> Report:
+    """Hold compiled artifacts against their teacher on the same examples, and time them side by side.
+
+    Args:
+        artifacts: name in the report to artifact folder.
+        latency: how to time teacher and artifacts; not timed when not given.
+        baselines: names of artifacts that are measured for comparison only: gates do not look at them.
+    """
+    opened = {name: open_artifact(folder) for name, folder in artifacts.items()}
+    progress.say("teacher")
+    standard = set_standard(teacher, data, progress=progress.advance)
+    candidates = []
+    for name, folder in artifacts.items():
+        progress.say(name)
+        runner, manifest = load_runner(folder)
+        try:
+            candidate = measure_artifact(name, folder, manifest, runner, standard, progress.advance)
+        finally:
+            runner.close()
+        overlap = check_overlap(data, _training_rows(folder))
+        more = {"checks": [*candidate.checks, overlap], "baseline": name in baselines}
+        candidates.append(candidate.model_copy(update=more))
+    described = describe_teacher(teacher)
+    if latency is not None:
+        described, candidates = _timed(teacher, described, candidates, artifacts, opened, latency, progress)
+    newest = max(opened.values(), key=lambda manifest: len(manifest.lineage.steps))
+    report = Report(
+        kind="validation",
+        title=f"{', '.join(artifacts)} against {teacher.lineage.origin}",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command_line(),
+        teacher=described,
+        candidates=candidates,
+        steps=newest.lineage.steps,
+        environment=facts(),
+        data=[f"{Path(data.source).name}: {len(data)} rows, fingerprint {data.fingerprint[:16]}"],
+        notes=_notes(opened),
+    )
+    return report.model_copy(update={"gates": apply_gates(report, gates)}) if gates else report
+
+
+def command_line() -> str:
+    """What was typed, for the record."""
+    return " ".join(["limbeck", *(shlex.quote(word) for word in sys.argv[1:])])
+
+
+def _training_rows(folder: Path) -> set[str]:
+    path = folder / TRAINING_ROWS_FILE
+    return {row for rows in read_json(path).values() for row in rows} if path.exists() else set()
+
+
+def _notes(opened: dict[str, Manifest]) -> list[str]:
+    return [f"{name}: {manifest.unverified}." for name, manifest in opened.items() if manifest.unverified]
+
+
+def _timed(
+    teacher: Checkpoint,
+    described: Candidate,
+    candidates: list[Candidate],
+    artifacts: dict[str, Path],
+    opened: dict[str, Manifest],
+    settings: BenchSettings,
+    progress: Progress,
+) -> tuple[Candidate, list[Candidate]]:
+    """Teacher and artifacts timed in turn. A kit is left out: its device is elsewhere, and its graph's time here would
+    say nothing."""
+    names = [name for name in artifacts if not opened[name].is_kit]
+    subjects = [BenchSubject(name="teacher", path=Path(teacher.source), kind="checkpoint", task=teacher.task.name)]
+    subjects += [BenchSubject(name=name, path=artifacts[name], kind="artifact") for name in names]
+    results = {result.subject.name: result for result in time_side_by_side(subjects, settings, progress.say)}
+    baseline = results["teacher"]
+    return with_latency(described, baseline, None), [
+        with_latency(candidate, results[candidate.name], baseline) if candidate.name in results else candidate
+        for candidate in candidates
+    ]
+
+
+def bench(
+    subjects: dict[str, Path], settings: BenchSettings, *, task: str | None = None, progress: Progress = SILENT
+) -> Report:
+    """Time checkpoints (eager torch) and artifacts side by side; ratios are to the first.
+
+    Raises:
+        InputError: a path that is neither.
+    """
+    listed = [
+        BenchSubject(name=name, path=path, kind="artifact" if (path / "manifest.json").exists() else "checkpoint",
+                     task=task if not (path / "manifest.json").exists() else None)
+        for name, path in subjects.items()
+    ]  # fmt: skip
+    results = time_side_by_side(listed, settings, progress.say)
+    candidates = [
+        with_latency(_bare_candidate(result), result, results[0] if result is not results[0] else None)
+        for result in results
+    ]
+    return Report(
+        kind="benchmark",
+        title=" against ".join(subjects),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command_line(),
+        candidates=candidates,
+        environment=facts(),
+    )
+
+
+def _bare_candidate(result: BenchResult) -> Candidate:
+    subject = result.subject
+    if subject.kind == "checkpoint":
+        return Candidate(
+            name=subject.name, kind="checkpoint", backend="torch", precision="fp32", path=subject.path.name
+        )
+    manifest = read_manifest(subject.path)
+    return Candidate(
+        name=subject.name,
+        kind="artifact",
+        backend=manifest.format,
+        precision=manifest.settings.precision,
+        path=subject.path.name,
+        artifact_id=manifest.artifact_id,
+        parameters=manifest.parameters,
+    )

@@ -1,0 +1,239 @@
+"""Tiny models with tokenizers of their own, texts and data files: what every test may ask for.
+
+`tiny_checkpoint("bert", task="text-classification")` is a folder that was built from a configuration and a seed, so no
+test needs a network. A folder is made once a session: tests read it and write elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+# No database: tests leave nothing in the tree. No deadline: a busy machine is not a failure.
+settings.register_profile("limbeck", database=None, deadline=None)
+settings.load_profile("limbeck")
+
+HIDDEN, LAYERS, HEADS, FFN, POSITIONS = 32, 2, 4, 64, 64
+
+FAMILIES = {
+    "bert": "BertConfig",
+    "roberta": "RobertaConfig",
+    "camembert": "CamembertConfig",
+    "xlm-roberta": "XLMRobertaConfig",
+    "distilbert": "DistilBertConfig",
+    "electra": "ElectraConfig",
+    "mpnet": "MPNetConfig",
+    "modernbert": "ModernBertConfig",
+    "gpt2": "GPT2Config",
+    "llama": "LlamaConfig",
+    "mistral": "MistralConfig",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+}
+DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+WITH_TOKEN_TYPES = ("bert", "electra")
+PADDED_POSITIONS = ("roberta", "camembert", "xlm-roberta", "mpnet")  # two positions are lost to padding
+
+TASK_CLASSES = {
+    "sentence-similarity": "AutoModel",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text-generation": "AutoModelForCausalLM",
+}
+LABELS = {
+    "text-classification": ["negative", "neutral", "positive"],
+    "token-classification": ["O", "NAME", "PLACE"],
+}
+PAD, START, END, UNKNOWN, MASK = "[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"
+
+TEXTS = [
+    "The kettle whistled long before anyone came into the kitchen.",
+    "Rain fell on the harbour all night.",
+    "She sold her bicycle to buy a better camera.",
+    "Two foxes crossed the railway line at dawn.",
+    "Nobody liked the soup, but everybody finished it.",
+    "The lighthouse keeper wrote letters he never sent.",
+    "Our train was late again.",
+    "A good knife needs a careful owner.",
+    "The bridge will stay closed until the spring floods are over.",
+    "He plays the violin badly and with great joy.",
+    "Cats sleep where the sun is.",
+    "The museum bought a map that showed an island which does not exist.",
+    "I was delighted with the hotel.",
+    "This is the worst film of the year.",
+    "The parcel arrived on Tuesday, as promised.",
+    "Bread dough rises faster in a warm room.",
+    "Marta walked from Lisbon to Porto in eleven days.",
+    "The committee could not agree on the colour of the door.",
+    "Snow makes the city quiet.",
+    "An old map hung above the captain's desk.",
+    "Why did the lights go out?",
+    "The baker gives yesterday's rolls to the school.",
+    "My phone battery dies before lunch.",
+    "The valley smells of apples in October.",
+    "Prices rose by three percent in the second quarter.",
+    "The dog waited at the gate for an hour.",
+    "Please return the book by Friday.",
+    "A storm took the roof off the barn.",
+    "The children built a dam across the stream.",
+    "It was neither good nor bad.",
+    "Engineers tested the valve at twice its rated pressure.",
+    "He forgot his keys, his hat and his manners.",
+    "The new library has more light than shelves.",
+    "Wind turbines stood still in the heat.",
+    "She counts the stairs whenever she climbs them.",
+    "The waiter was rude and the food was cold.",
+    "Ivan repaired the clock with a paper clip.",
+    "Every winter the lake freezes from the north side.",
+    "The recipe asks for more patience than butter.",
+    "Their song became popular twenty years too late.",
+    "We missed the ferry and slept on the beach.",
+    "The judge read the letter twice.",
+    "Bees returned to the garden this year.",
+    "A wonderful book, warm and funny.",
+    "The tailor in Naples remembers every coat.",
+    "Water boils at a lower temperature on a mountain.",
+    "The team lost, although it played well.",
+    "Somebody painted the fence green overnight.",
+    "The doctor asked about his sleep and his shoes.",
+    "Salt keeps the road free of ice.",
+    "The cellar held barrels, ropes and one broken piano.",
+    "I would not recommend this phone to anyone.",
+    "The owl on the chimney watched the party leave.",
+    "Anna and Peter opened a bakery in Prague.",
+    "The satellite sends one picture every nine minutes.",
+    "His grandfather built ships in bottles.",
+    "The market opens at six and is empty by ten.",
+    "Lemon trees do not like frost.",
+    "The path is short but steep.",
+    "An honest mistake is still a mistake.",
+    "The orchestra tuned while the hall filled.",
+    "It rained, so the match was moved to Sunday.",
+    "The ticket was cheap and the seat was comfortable.",
+    "Go.",
+]
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """64 English sentences of 1 to 12 words."""
+    return list(TEXTS)
+
+
+@pytest.fixture(scope="session")
+def write_jsonl() -> Callable[[Path, Iterable[dict[str, Any]]], Path]:
+    """`write_jsonl(path, rows)` writes one JSON object a line and returns the path."""
+
+    def write(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_checkpoint(family, task="sentence-similarity")`: a folder with a random model (width 32, 2 layers, FFN 64)
+    and a tokenizer trained on `texts`. Made once a session: do not write into it."""
+    made: dict[tuple[str, str], Path] = {}
+    tokenizers: dict[str, PreTrainedTokenizerFast] = {}
+
+    def make(family: str, task: str = "sentence-similarity") -> Path:
+        if (family, task) not in made:
+            if family not in tokenizers:
+                tokenizers[family] = _tokenizer(family)
+            folder = tmp_path_factory.mktemp("tiny") / f"{family}-{task}"
+            _model(family, task, tokenizers[family]).save_pretrained(folder)
+            tokenizers[family].save_pretrained(folder)
+            made[family, task] = folder
+        return made[family, task]
+
+    return make
+
+
+def _model(family: str, task: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """Random weights large enough that every part of the model matters, biases and norms included."""
+    config = getattr(transformers, FAMILIES[family])(**_sizes(family, task, tokenizer))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, TASK_CLASSES[task]).from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _sizes(family: str, task: str, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": POSITIONS + 2 * (family in PADDED_POSITIONS),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        {"distilbert": "hidden_dim", "gpt2": "n_inner"}.get(family, "intermediate_size"): FFN,
+    }
+    if family in ("llama", "mistral", "qwen2", "qwen3"):
+        sizes |= {"num_key_value_heads": HEADS // 2, "head_dim": HIDDEN // HEADS}
+    if family == "electra":
+        sizes["embedding_size"] = HIDDEN // 2
+    if family == "modernbert":
+        sizes |= {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id}
+    if task in LABELS:
+        sizes["id2label"] = dict(enumerate(LABELS[task]))
+        sizes["label2id"] = {name: index for index, name in enumerate(LABELS[task])}
+    return sizes
+
+
+def _tokenizer(family: str) -> PreTrainedTokenizerFast:
+    """WordPiece for encoders, byte-level BPE for decoders and RoBERTa's kin."""
+    bytes_of = family in DECODERS or family.endswith("roberta")
+    tokenizer = _byte_pairs() if bytes_of else _word_pieces()
+    inputs = ["input_ids", *(["token_type_ids"] if family in WITH_TOKEN_TYPES else []), "attention_mask"]
+    if family not in DECODERS:
+        special = [(token, tokenizer.token_to_id(token)) for token in (START, END)]
+        single, pair = f"{START} $A {END}", f"{START} $A {END} $B:1 {END}:1"
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
+    ends = {"bos_token": START, "eos_token": END, "pad_token": PAD, "unk_token": UNKNOWN}
+    marks = {} if family in DECODERS else {"cls_token": START, "sep_token": END, "mask_token": MASK}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_input_names=inputs, model_max_length=POSITIONS, **ends, **marks
+    )
+
+
+def _word_pieces() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = [PAD, START, END, UNKNOWN, MASK]
+    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return tokenizer
+
+
+def _byte_pairs() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=[PAD, START, END, UNKNOWN, MASK],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return tokenizer

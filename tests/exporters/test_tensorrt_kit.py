@@ -1,0 +1,299 @@
+"""TensorRT kits of tiny models: strongly typed graphs that compute what the model computes, and evidence that holds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir
+import pytest
+import torch
+from transformers import AutoModel
+from transformers.exporters import AutoHfExporter, ExportedModel
+from transformers.exporters.auto import EXPORT_BACKENDS
+
+from limbeck.backends.base import ExportJob
+from limbeck.backends.onnx import OnnxRunner
+from limbeck.backends.tensorrt import TensorRTBackend
+from limbeck.errors import ExportMismatch, InputError, UsageError
+from limbeck.exporters.artifact import Manifest
+from limbeck.exporters.build_plan import BuildPlan
+from limbeck.exporters.inputs import probe_batch, probe_batches
+from limbeck.exporters.program import ExportedProgram
+from limbeck.exporters.settings import ExportSettings, ShapeRange
+from limbeck.exporters.sparsity import sparsity_evidence
+from limbeck.exporters.tensorrt import TensorRTConfig, TensorRTExporter
+from limbeck.models.checkpoint import Checkpoint, load_checkpoint
+from limbeck.prune.semi_structured import prune_semi_structured
+from limbeck.validate.parity import check_parity
+from limbeck.validate.weight_audit import audit_weights
+
+FAMILIES = ("bert", "distilbert", "roberta", "llama")
+SHAPES = ShapeRange(max_batch=8, max_sequence=48)
+
+
+@dataclass(frozen=True)
+class Kit:
+    checkpoint: Checkpoint
+    settings: ExportSettings
+    folder: Path
+    program: ExportedProgram
+
+    @property
+    def graph(self) -> onnx_ir.Graph:
+        return onnx_ir.load(str(self.folder / "model.onnx")).graph
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest(
+            format=self.program.format,
+            task=self.checkpoint.task.name,
+            settings=self.settings,
+            parent_hash=self.checkpoint.hash,
+            parent=self.checkpoint.source,
+            parameters=self.checkpoint.parameters,
+            inputs=self.program.inputs,
+            outputs=self.program.outputs,
+            max_length=self.checkpoint.max_length,
+            lineage=self.checkpoint.lineage,
+        )
+
+
+def load(tiny_checkpoint: Callable[..., Path], family: str) -> Checkpoint:
+    task = "text-generation" if family == "llama" else "sentence-similarity"
+    return load_checkpoint(tiny_checkpoint(family, task=task), task)
+
+
+def export(checkpoint: Checkpoint, folder: Path, **settings: object) -> Kit:
+    chosen = ExportSettings.model_validate({"backend": "tensorrt", "precision": "fp16", "shapes": SHAPES, **settings})
+    # One token alone, too: attention hands a single value on unmixed, the widest that an int8 range has to hold.
+    calibration = [probe_batch(checkpoint, 2, length) for length in (1, 5, 20)]
+    folder.mkdir()
+    return Kit(checkpoint, chosen, folder, TensorRTBackend().export(ExportJob(checkpoint, chosen, calibration), folder))
+
+
+@pytest.fixture(scope="module")
+def sparse_kit(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Kit]:
+    """`sparse_kit(family)`: the fp16 kit of a tiny model that was pruned 2:4, made once."""
+    made: dict[str, Kit] = {}
+
+    def make(family: str) -> Kit:
+        if family not in made:
+            checkpoint = load(tiny_checkpoint, family)
+            pruned = replace(checkpoint, model=prune_semi_structured(checkpoint).model)
+            made[family] = export(pruned, tmp_path_factory.mktemp("kits") / family, sparsity="2:4")
+        return made[family]
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_kit_is_valid_and_computes_what_the_model_computes(sparse_kit: Callable[[str], Kit], family: str) -> None:
+    kit = sparse_kit(family)
+    onnx.checker.check_model(str(kit.folder / "model.onnx"), full_check=True)
+    with torch.inference_mode():
+        parity = check_parity(
+            TensorRTBackend().load(kit.folder, kit.manifest),
+            kit.checkpoint.run,
+            probe_batches(kit.checkpoint, SHAPES),
+            "fp16",
+        )
+    assert parity.passed, parity.rows
+    assert len(parity.rows) == 5
+    audit = audit_weights(kit.checkpoint.module, kit.program.weights)
+    assert audit.passed, audit.rows
+    assert kit.program.unverified is not None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_normalisation_and_softmax_are_float32_islands(sparse_kit: Callable[[str], Kit], family: str) -> None:
+    graph = sparse_kit(family).graph
+    norms = [node for node in graph if module_of(node).lower().endswith(("norm", "layernorm"))]
+    softmaxes = [node for node in graph if node.op_type == "Softmax"]
+    assert softmaxes and any(node.op_type in ("LayerNormalization", "ReduceMean") for node in norms)
+    for node in (*norms, *softmaxes):
+        if node.op_type == "Cast":
+            continue
+        floats = [value.dtype for value in node.inputs if value is not None and value.dtype.is_floating_point()]
+        assert set(floats) <= {onnx_ir.DataType.FLOAT}, (node.op_type, module_of(node), floats)
+    products = [node for node in graph if node.op_type in ("MatMul", "Gemm") and "rotary" not in module_of(node)]
+    assert {value.dtype for node in products for value in node.inputs[:2]} == {onnx_ir.DataType.FLOAT16}
+    assert {value.dtype for value in graph.outputs} == {onnx_ir.DataType.FLOAT}
+
+
+def module_of(node: onnx_ir.Node) -> str:
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "").strip("[]").split(",")
+    return scopes[-2].strip().strip("'") if len(scopes) > 1 else ""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_eligible_layer_is_listed_and_none_with_a_weight_put_back(
+    sparse_kit: Callable[[str], Kit], family: str, tmp_path: Path
+) -> None:
+    kit = sparse_kit(family)
+    eligible = [layer for layer in kit.program.sparse_layers if layer.eligible]
+    modules = dict(kit.checkpoint.module.named_modules())
+    assert len(eligible) >= 8
+    assert all(layer.layer in modules and layer.pattern and 0.5 <= layer.zeros < 0.6 for layer in eligible)
+
+    model = onnx_ir.load(str(kit.folder / "model.onnx"))
+    changed = eligible[len(eligible) // 2].layer
+    weight = model.graph.initializers[f"{changed}.weight.T"]
+    values = weight.const_value.numpy().copy()
+    group = values[4:8, 3]  # inputs 4 to 7 of output 3
+    group[np.flatnonzero(group == 0)[0]] = 0.5
+    weight.const_value = onnx_ir.tensor(values, name=weight.name)
+    onnx_ir.save(model, str(tmp_path / "model.onnx"), external_data="model.onnx.data")
+    again = {layer.layer: layer for layer in sparsity_evidence(tmp_path / "model.onnx")}
+    assert not again[changed].pattern
+    assert "inputs 4 to 7 of output 3" in again[changed].reason
+    assert all(again[layer.layer].pattern for layer in eligible if layer.layer != changed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_is_unchanged_by_its_export(
+    sparse_kit: Callable[[str], Kit], tiny_checkpoint: Callable[..., Path], family: str
+) -> None:
+    exported = sparse_kit(family).checkpoint
+    fresh = prune_semi_structured(load(tiny_checkpoint, family)).model.state_dict()
+    found = exported.model.state_dict()
+    for name, values in found.items():
+        assert values.dtype == fresh[name].dtype and torch.equal(values, fresh[name]), name
+    assert exported.model.config._attn_implementation == "sdpa"
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in exported.module.modules())
+
+
+def test_the_plan_says_what_the_builder_is_told(sparse_kit: Callable[[str], Kit]) -> None:
+    kit = sparse_kit("bert")
+    plan = BuildPlan.load(kit.folder)
+    assert plan.flags == ["SPARSE_WEIGHTS"]
+    assert plan.precision == "fp16"
+    assert set(plan.profiles) == {"input_ids", "token_type_ids", "attention_mask"}
+    assert plan.profiles["input_ids"].model_dump() == {"min": [1, 1], "opt": [8, 48], "max": [8, 48]}
+    evidence = kit.program.evidence["float16 range"]
+    assert evidence["real batches"] == 3 and evidence["widest"][0]["share"] < 0.01
+
+
+def test_a_kit_opens_in_transformers_without_a_runner(sparse_kit: Callable[[str], Kit]) -> None:
+    opened = ExportedModel.from_pretrained(sparse_kit("bert").folder)
+    assert opened.export_format == "tensorrt"
+    assert EXPORT_BACKENDS["tensorrt"].runner is None
+
+
+def test_a_dense_checkpoint_is_not_exported_as_sparse(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = load(tiny_checkpoint, "distilbert")
+    with pytest.raises(UsageError, match=r"12 of 12 eligible layers are not 2:4.*q_lin") as refused:
+        export(checkpoint, tmp_path / "kit", sparsity="2:4")
+    assert "limbeck prune" in str(refused.value.hint) and "--pattern 2:4" in str(refused.value.hint)
+
+
+def test_a_model_that_leaves_float16s_range_is_refused(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = load(tiny_checkpoint, "distilbert")
+    block = checkpoint.module.get_submodule("encoder.transformer.layer.1.ffn")
+    with torch.no_grad():
+        block.lin1.weight.mul_(2_000)
+        block.lin2.weight.mul_(2_000)
+    with pytest.raises(ExportMismatch, match=r"encoder\.transformer\.layer\.1.* overflows float16") as refused:
+        export(checkpoint, tmp_path / "kit")
+    assert "bf16" in str(refused.value.hint)
+    assert export(checkpoint, tmp_path / "bf16", precision="bf16").program.outputs[0].dtype == "float"
+
+
+def test_a_bf16_kit_runs_as_its_float32_twin(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    kit = export(load(tiny_checkpoint, "bert"), tmp_path / "kit", precision="bf16")
+    runner = TensorRTBackend().load(kit.folder, kit.manifest)
+    assert "bfloat16" in runner.properties["arithmetic"]
+    with torch.inference_mode():
+        parity = check_parity(runner, kit.checkpoint.run, probe_batches(kit.checkpoint, SHAPES), "bf16")
+    assert parity.passed, parity.rows
+    assert not parity.passed or audit_weights(kit.checkpoint.module, kit.program.weights).passed
+
+
+def test_int8_is_symmetric_and_on_products_with_weights_only(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    kit = export(load(tiny_checkpoint, "bert"), tmp_path / "kit", precision="int8")
+    onnx.checker.check_model(str(kit.folder / "model.onnx"), full_check=True)
+    products = [node for node in kit.graph if node.op_type == "MatMul"]
+    quantised = [node for node in products if node.inputs[1].producer().op_type == "DequantizeLinear"]
+    assert len(products) == 16 and len(quantised) == 12  # attention's own four products have no weight
+    for node in kit.graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            zero_point = node.inputs[2].const_value
+            assert zero_point.dtype == onnx_ir.DataType.INT8 and not zero_point.numpy().any()
+    scales = [node.inputs[1].producer().inputs[1].const_value.shape for node in quantised]
+    assert all(len(shape) == 1 and shape[0] >= 32 for shape in scales)  # one a channel
+    with torch.inference_mode():
+        parity = check_parity(
+            TensorRTBackend().load(kit.folder, kit.manifest),
+            kit.checkpoint.run,
+            probe_batches(kit.checkpoint, SHAPES),
+            "int8",
+        )
+    assert parity.passed, parity.rows
+    assert audit_weights(kit.checkpoint.module, kit.program.weights, quantised=True).passed
+
+
+def test_int8_without_calibration_data_is_refused(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    settings = ExportSettings(backend="tensorrt", precision="int8")
+    with pytest.raises(InputError, match="calibrate"):
+        TensorRTBackend().export(ExportJob(load(tiny_checkpoint, "bert"), settings), tmp_path)
+
+
+def test_plain_transformers_users_need_one_import(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    model = AutoModel.from_pretrained(tiny_checkpoint("distilbert")).eval()
+    inputs = {"input_ids": torch.randint(5, 100, (2, 12)), "attention_mask": torch.ones(2, 12, dtype=torch.int64)}
+    axes = {0: torch.export.Dim("batch", min=1, max=8), 1: torch.export.Dim("sequence", min=1, max=48)}
+    config = TensorRTConfig(precision="fp16", dynamic_shapes=dict.fromkeys(inputs, axes))
+    exported = AutoHfExporter.from_config(config).export(model, inputs, config)
+    exported.save_pretrained(tmp_path)
+    batch = {"input_ids": torch.randint(5, 100, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.int64)}
+    with torch.inference_mode():
+        expected = model(**batch).last_hidden_state.numpy()
+    found = OnnxRunner(tmp_path / "model.onnx", threads=1)(batch)["last_hidden_state"]
+    np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"precision": "fp8"}, {"precision": "int8"}, {"ort_fusions": "cpu"}, {"quantizer": object()}]
+)
+def test_settings_that_tensorrt_cannot_read_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        TensorRTConfig(**settings)
+
+
+def test_another_exporter_of_that_name_keeps_its_place() -> None:
+    code = (
+        "from transformers.exporters import OnnxConfig, OnnxExporter\n"
+        "from transformers.exporters.auto import EXPORT_BACKENDS, register_backend\n"
+        "theirs = type('Theirs', (OnnxExporter,), {'export_format': 'tensorrt'})\n"
+        "register_backend(theirs)\n"
+        "from limbeck.exporters.tensorrt import TensorRTExporter\n"
+        "assert EXPORT_BACKENDS['tensorrt'].exporter is theirs\n"
+        "assert EXPORT_BACKENDS['limbeck-tensorrt'].exporter is TensorRTExporter\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_plan_refuses_an_empty_range() -> None:
+    settings = ExportSettings(backend="tensorrt", shapes=ShapeRange(min_sequence=100, max_sequence=512))
+    with pytest.raises(UsageError, match="sequence length 100"):
+        BuildPlan.of(settings, ["input_ids"], longest=64, opset=20)
+    assert BuildPlan.of(settings, ["input_ids"], longest=128, opset=20).flags == ["TF32"]
+
+
+@pytest.mark.parametrize("text", ['{"schema_version": 9}', '{"precision": "fp16"}', "[]", "{"])
+def test_a_broken_plan_is_bad_input(tmp_path: Path, text: str) -> None:
+    (tmp_path / "build.json").write_text(text)
+    with pytest.raises(InputError):
+        BuildPlan.load(tmp_path)
+
+
+def test_the_exporter_is_a_transformers_exporter() -> None:
+    assert EXPORT_BACKENDS["tensorrt"].exporter is TensorRTExporter
+    assert TensorRTExporter.config_class is TensorRTConfig

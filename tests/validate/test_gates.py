@@ -1,0 +1,178 @@
+"""Gates: reading them, holding them against candidates, and the laws that their verdicts keep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from limbeck.errors import GateFailed, GateInconclusive, InputError
+from limbeck.validate.gates import apply_gates, judge, load_gates, raise_for_verdict
+from limbeck.validate.report import Candidate, Check, Gate, Metric, Report
+
+FIGURES = st.floats(-1e6, 1e6)
+RANK = {"pass": 0, "inconclusive": 1, "fail": 2}
+
+
+def metric(value: float, low: float | None = None, high: float | None = None, **more: Any) -> Metric:
+    words = "Share of right answers."
+    return Metric(name="accuracy", value=value, low=low, high=high, higher_is_better=True, description=words, **more)
+
+
+def candidate(name: str, *metrics: Metric) -> Candidate:
+    return Candidate(name=name, kind="artifact", backend="onnx", precision="fp32", path="out", metrics=list(metrics))
+
+
+def report(*candidates: Candidate, teacher: Candidate | None = None) -> Report:
+    return Report(kind="validation", title="t", created="", command="", teacher=teacher, candidates=list(candidates))
+
+
+@st.composite
+def metrics(draw: st.DrawFn) -> Metric:
+    low, value, high = sorted(draw(st.tuples(FIGURES, FIGURES, FIGURES)))
+    return metric(
+        value,
+        draw(st.sampled_from([low, None])),
+        draw(st.sampled_from([high, None])),
+        count=draw(st.none() | st.integers(0, 9999)),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(metrics(), FIGURES, st.floats(0, 1e6))
+def test_tightening_a_gate_never_betters_its_verdict(observed: Metric, limit: float, by: float) -> None:
+    for loose, tight in (
+        (Gate(metric="accuracy", min=limit), Gate(metric="accuracy", min=limit + by)),
+        (Gate(metric="accuracy", max=limit), Gate(metric="accuracy", max=limit - by)),
+        (Gate(metric="accuracy", max=limit), Gate(metric="accuracy", min=limit - by, max=limit)),
+    ):
+        assert RANK[judge(tight, "a", observed).verdict] >= RANK[judge(loose, "a", observed).verdict]
+
+
+@settings(max_examples=60, deadline=None)
+@given(metrics(), FIGURES)
+def test_a_verdict_is_what_the_interval_says(observed: Metric, limit: float) -> None:
+    verdict = judge(Gate(metric="accuracy", min=limit), "a", observed).verdict
+    if verdict == "pass":
+        assert observed.value >= limit and (observed.low is None or observed.low >= limit)
+    elif verdict == "fail":
+        assert observed.value < limit and (observed.high is None or observed.high < limit)
+    else:
+        assert (observed.low, observed.high) != (None, None)
+
+
+@pytest.mark.parametrize(
+    ("observed", "verdict"),
+    [
+        (metric(0.95), "pass"),
+        (metric(0.8999), "fail"),
+        (metric(0.9), "pass"),
+        (metric(0.95, 0.9, 0.97), "pass"),
+        (metric(0.92, 0.89, 0.95), "inconclusive"),
+        (metric(0.85, 0.8, 0.91), "inconclusive"),
+        (metric(0.85, 0.8, 0.89), "fail"),
+        (metric(float("nan")), "fail"),
+        (metric(float("inf")), "fail"),
+    ],
+)
+def test_the_whole_interval_decides(observed: Metric, verdict: str) -> None:
+    assert judge(Gate(metric="accuracy", min=0.9), "a", observed).verdict == verdict
+
+
+def test_the_reason_says_how_many_more_examples_decide() -> None:
+    # the half below the value is 4 times its distance from the limit, so 16 times the examples
+    told = judge(Gate(metric="accuracy", min=0.9), "a", metric(0.91, 0.87, 0.95, count=100)).reason
+    assert "about 1,500 more examples (there are 100)" in told
+    assert "16 times" in judge(Gate(metric="accuracy", min=0.9), "a", metric(0.91, 0.87, 0.95)).reason
+    assert "unlikely" in judge(Gate(metric="accuracy", min=0.9), "a", metric(0.9, 0.87, 0.95, count=100)).reason
+
+
+def test_the_reason_tells_value_and_limit_apart() -> None:
+    assert "0.899999" in judge(Gate(metric="accuracy", min=0.9), "a", metric(0.899999)).reason
+
+
+def test_a_gate_holds_every_candidate_that_has_the_metric_and_never_the_teacher() -> None:
+    judged = report(
+        candidate("a", metric(0.95)), candidate("b"), candidate("c", metric(0.5)), teacher=candidate("t", metric(1))
+    )
+    results = apply_gates(judged, [Gate(metric="accuracy", min=0.9)])
+    assert [(item.candidate, item.verdict) for item in results] == [("a", "pass"), ("c", "fail")]
+    assert [item.candidate for item in apply_gates(judged, [Gate(metric="accuracy", candidate="[c]", max=1)])] == ["c"]
+
+
+def test_a_name_with_glob_characters_matches_itself() -> None:
+    judged = report(candidate("onnx[fp32]", metric(0.95)))
+    assert len(apply_gates(judged, [Gate(metric="accuracy", candidate="onnx[fp32]", min=0.9)])) == 1
+
+
+def test_a_gate_that_holds_nothing_is_an_error() -> None:
+    judged = report(candidate("a", metric(0.95)), teacher=candidate("t", metric(1)))
+    with pytest.raises(InputError, match="Nearest: accuracy"):
+        apply_gates(judged, [Gate(metric="acuracy", min=0.9)])
+    with pytest.raises(InputError, match="Candidates: 'a'"):
+        apply_gates(judged, [Gate(metric="accuracy", candidate="t", min=0.9)])
+
+
+def test_verdicts_and_failed_checks_become_errors() -> None:
+    passes = judge(Gate(metric="accuracy", min=0.9), "a", metric(0.95))
+    fails = judge(Gate(metric="accuracy", min=0.9), "b", metric(0.5))
+    undecided = judge(Gate(metric="accuracy", min=0.9), "c", metric(0.91, 0.8, 0.95))
+    judged = report(candidate("a"))
+    raise_for_verdict(judged.model_copy(update={"gates": [passes]}))
+    with pytest.raises(GateInconclusive, match=r"1 gate or check cannot be decided\. accuracy of c"):
+        raise_for_verdict(judged.model_copy(update={"gates": [passes, undecided]}))
+    with pytest.raises(GateFailed, match=r"1 gate or check failed\. accuracy of b"):
+        raise_for_verdict(judged.model_copy(update={"gates": [undecided, fails, passes]}))
+    broken = candidate("d").model_copy(update={"checks": [Check(name="parity", passed=False, detail="far off")]})
+    with pytest.raises(GateFailed, match="parity of d: far off"):
+        raise_for_verdict(report(broken))
+
+
+def test_a_baseline_is_not_gated() -> None:
+    judged = report(candidate("a", metric(0.95)), candidate("b", metric(0.1)).model_copy(update={"baseline": True}))
+    assert [item.candidate for item in apply_gates(judged, [Gate(metric="accuracy", min=0.9)])] == ["a"]
+
+
+@pytest.mark.parametrize("text", ["gates:\n  - {metric: accuracy, min: 0.9}\n", "- metric: accuracy\n  min: 0.9\n"])
+def test_gates_are_read_from_a_list_or_under_a_key(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "gates.yaml"
+    path.write_text(text)
+    assert load_gates(path) == [Gate(metric="accuracy", min=0.9)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no list"),
+        ("gates: []", "no list"),
+        ("- [", "not valid YAML.*line 1"),
+        (
+            "- {metric: a, min: 1}\n- {metric: a, minn: 1}",
+            "line 2: 'minn' is not a key.*metric, candidate, min, max, why",
+        ),
+        ("- metric: a", "line 1: .*needs min, max or both"),
+        ("- {metric: a, min: 2, max: 1}", "min 2 above max 1"),
+        ("- {metric: a, min: yes}", "not true or false"),
+        ("- {metric: a, min: .nan}", "min: .*finite"),
+        ("- {metric: a, min: 95%}", "min: .*number"),
+        ("- {min: 1}", "metric: Field required"),
+        ("- {metric: a, min: 1, min: 0}", "line 1: the key 'min' is given twice"),
+        ("gate:\n- {metric: a, min: 1}", "'gate' at its top.*'gates'"),
+        ("- accuracy > 0.9", "line 1: a gate is a mapping"),
+        ("- 2024-99-99", "not valid YAML"),
+    ],
+)
+def test_a_faulty_gate_is_named_with_what_is_valid(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "gates.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=words) as caught:
+        load_gates(path)
+    assert str(path) in caught.value.message
+
+
+def test_a_missing_gate_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        load_gates(tmp_path / "none.yaml")

@@ -1,0 +1,201 @@
+"""Measuring one candidate: what it answers, how that compares with its teacher, how big it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import InputError
+from ..exporters.artifact import Manifest, artifact_size
+from ..models.batching import Examples, Run
+from ..models.checkpoint import Checkpoint, load_tokenizer
+from ..models.data import Data
+from .latency import BenchResult
+from .predictions import Predictions, Progress, predict
+from .quality import measure_quality
+from .report import Candidate, Check, Metric
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OVERLAP_LIMIT = 0.01
+"""Share of validation rows that training may have seen before the figures stop meaning anything."""
+_MEGABYTE = 1e6
+
+
+@dataclass(frozen=True)
+class Standard:
+    """What every candidate is held against: the teacher's own answers on one data set."""
+
+    teacher: Checkpoint
+    data: Data
+    references: np.ndarray | None
+    predictions: Predictions
+
+    @property
+    def data_name(self) -> str:
+        """The data set's name in the report."""
+        return Path(self.data.source).name
+
+
+def examples_for(task_of: Checkpoint, data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Examples:
+    """The rows as a candidate's own tokenizer splits them."""
+    return task_of.task.examples(data, tokenizer, max_length, task_of.model.config)
+
+
+def set_standard(
+    teacher: Checkpoint, data: Data, run: Run | None = None, progress: Progress = lambda done, total: None
+) -> Standard:
+    """Run the teacher (eager torch unless `run` is another way to it) over the data."""
+    examples = examples_for(teacher, data, teacher.tokenizer, teacher.max_length)
+    answers = predict(run or teacher.run, examples, teacher.task, teacher.tokenizer, progress=progress)
+    return Standard(teacher, data, examples.references, answers)
+
+
+def measure_artifact(
+    name: str, folder: Path, manifest: Manifest, run: Run, standard: Standard, progress: Progress
+) -> Candidate:
+    """A compiled artifact, run with the tokenizer that it ships.
+
+    Raises:
+        InputError: it serves another task than the teacher.
+    """
+    if manifest.task != standard.teacher.task.name:
+        raise InputError(
+            f"{folder} is for {manifest.task}, and the teacher is for {standard.teacher.task.name}: "
+            "they cannot be compared."
+        )
+    tokenizer = load_tokenizer(folder)
+    examples = examples_for(standard.teacher, standard.data, tokenizer, manifest.max_length)
+    candidate = Candidate(
+        name=name,
+        kind="artifact",
+        backend=manifest.format,
+        precision=manifest.settings.precision
+        + (f", {manifest.settings.sparsity}" if manifest.settings.sparsity else ""),
+        path=folder.name,
+        artifact_id=manifest.artifact_id,
+        parameters=manifest.parameters,
+        size_bytes=artifact_size(folder),
+        unverified=manifest.unverified,
+        checks=[Check(**check.model_dump()) for check in manifest.checks],
+    )
+    candidate = _with_quality(candidate, run, examples, tokenizer, standard, progress)
+    return candidate.model_copy(update={"metrics": [*candidate.metrics, _size_metric(candidate)]})
+
+
+def measure_checkpoint(name: str, checkpoint: Checkpoint, standard: Standard, progress: Progress) -> Candidate:
+    """A checkpoint in eager torch."""
+    examples = examples_for(standard.teacher, standard.data, checkpoint.tokenizer, checkpoint.max_length)
+    candidate = Candidate(
+        name=name,
+        kind="checkpoint",
+        backend="torch",
+        precision="fp32",
+        path=Path(checkpoint.source).name,
+        parameters=checkpoint.parameters,
+    )
+    return _with_quality(candidate, checkpoint.run, examples, checkpoint.tokenizer, standard, progress)
+
+
+def describe_teacher(teacher: Checkpoint) -> Candidate:
+    """The teacher's own record; its metrics stand beside each candidate's as `Metric.teacher`."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in teacher.module.parameters())
+    record = Candidate(
+        name="teacher",
+        kind="teacher",
+        backend="torch",
+        precision="fp32",
+        path=Path(teacher.source).name,
+        parameters=teacher.parameters,
+        size_bytes=size,
+    )
+    return record.model_copy(update={"metrics": [_size_metric(record)]})
+
+
+def _with_quality(
+    candidate: Candidate,
+    run: Run,
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerBase,
+    standard: Standard,
+    progress: Progress,
+) -> Candidate:
+    task = standard.teacher.task
+    answers = predict(run, examples, task, tokenizer, progress=progress)
+    broken = [name for name, values in answers.items() if not _finite(values)]
+    if broken:
+        check = Check(name="finite outputs", passed=False, detail=f"{candidate.name} answers with NaN or infinity")
+        return candidate.model_copy(update={"checks": [*candidate.checks, check]})
+    quality = measure_quality(task.name, standard.predictions, answers, standard.references, standard.data_name)
+    return candidate.model_copy(update={"metrics": quality.metrics, "reliability": quality.reliability})
+
+
+def _finite(values: np.ndarray) -> bool:
+    rows: Sequence[np.ndarray] = list(values) if values.dtype == object else [values]
+    return all(bool(np.isfinite(row).all()) for row in rows)
+
+
+def _size_metric(candidate: Candidate) -> Metric:
+    return Metric(
+        name="size_mb",
+        value=(candidate.size_bytes or 0) / _MEGABYTE,
+        unit="MB",
+        higher_is_better=False,
+        description="weights, graph, tokenizer and manifest on disk",
+    )
+
+
+def check_overlap(data: Data, training_rows: set[str]) -> Check:
+    """How many validation rows the artifact's training has seen, by row hashes: a figure on those says nothing."""
+    seen = sum(row in training_rows for row in data.row_hashes)
+    share = seen / len(data)
+    return Check(
+        name="unseen data",
+        passed=share <= OVERLAP_LIMIT,
+        detail=f"{seen} of {len(data)} validation rows were also trained on ({share:.1%}, limit {OVERLAP_LIMIT:.0%})",
+    )
+
+
+def with_latency(candidate: Candidate, result: BenchResult, baseline: BenchResult | None) -> Candidate:
+    """The candidate with its latency, memory and cold start as metrics that gates can name."""
+    latency = result.latency(baseline)
+    where = f"batch {latency.batch_size} x {latency.sequence_length} tokens, {latency.threads} threads"
+    figures = [
+        ("latency_p50_ms", latency.p50_ms, "ms", "median time of one call"),
+        ("latency_p90_ms", latency.p90_ms, "ms", "nine calls in ten are faster"),
+        ("latency_p99_ms", latency.p99_ms, "ms", "99 calls in 100 are faster"),
+        ("cold_start_ms", result.cold_start_ms, "ms", "from opening the folder to the first answer"),
+        ("peak_memory_mb", result.peak_memory_mb, "MiB", "of the whole process, Python included"),
+    ]
+    metrics = [
+        Metric(
+            name=name,
+            value=value,
+            unit=unit,
+            higher_is_better=False,
+            description=f"{description} ({where})",
+            count=latency.samples,
+        )
+        for name, value, unit, description in figures
+    ]
+    if latency.speedup is not None:
+        metrics.append(
+            Metric(
+                name="speedup_p50",
+                value=latency.speedup,
+                low=latency.speedup_low,
+                high=latency.speedup_high,
+                unit="x",
+                higher_is_better=True,
+                description=f"median of the eager teacher over this one's ({where})",
+                count=latency.samples,
+            )
+        )
+    return candidate.model_copy(
+        update={"latencies": [*candidate.latencies, latency], "metrics": [*candidate.metrics, *metrics]}
+    )

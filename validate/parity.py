@@ -1,0 +1,100 @@
+"""Parity: a program's outputs against those of the module it was made from, at shapes where exports go wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..errors import InputError
+from ..exporters.artifact import CheckRecord
+from ..exporters.settings import Precision
+from ..models.batching import Batch
+
+Run = Callable[[Mapping[str, torch.Tensor]], Mapping[str, np.ndarray]]
+
+TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 8e-2, "int8": 3.5e-1, "native": 8e-2}
+"""Largest difference that a precision explains, as a share of the output's largest magnitude. fp32 differs by the
+order of summation alone (1e-6 is usual), float16 and bfloat16 by 11 and 8 bits of every product; int8 by a rounding of
+every activation, so its parity only rules out a broken program: what it costs in quality is for validation to say."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one output is from the reference at one shape."""
+
+    output: str
+    shape: str
+    largest: float
+    relative: float
+    cosine: float
+    passed: bool
+
+
+def check_parity(
+    program: Run, reference: Run, probes: Iterable[tuple[str, Batch]], precision: Precision
+) -> CheckRecord:
+    """Run both on every probe. A shape that the program refuses is a failure: it was baked in."""
+    rows: list[Difference] = []
+    tolerance = TOLERANCES[precision]
+    for shape, batch in probes:
+        expected = reference(batch)
+        try:
+            found = program(batch)
+        except InputError as error:
+            rows += [Difference(f"{name}: {error.message}", shape, np.inf, np.inf, 0.0, False) for name in expected]
+            continue
+        for name, values in expected.items():
+            rows.append(_compare(name, shape, found.get(name), values, batch, tolerance))
+    failed = [row for row in rows if not row.passed]
+    return CheckRecord(
+        name="parity",
+        passed=not failed,
+        detail=_detail(rows, failed, tolerance),
+        rows=[
+            {
+                "output": row.output,
+                "shape": row.shape,
+                "largest difference": _finite(row.largest),
+                "share of the output": _finite(row.relative),
+                "cosine": _finite(row.cosine),
+                "passed": row.passed,
+            }
+            for row in rows
+        ],
+    )
+
+
+def _compare(
+    name: str, shape: str, found: np.ndarray | None, expected: np.ndarray, batch: Batch, tolerance: float
+) -> Difference:
+    if found is None or found.shape != expected.shape:
+        what = "missing" if found is None else f"of shape {found.shape} instead of {expected.shape}"
+        return Difference(f"{name} ({what})", shape, np.inf, np.inf, 0.0, False)
+    found, expected = _without_padding(found, batch), _without_padding(expected, batch)
+    largest = float(np.max(np.abs(found - expected)))
+    scale = float(np.max(np.abs(expected)))
+    relative = largest / scale if scale > 0 else largest
+    lengths = float(np.linalg.norm(found) * np.linalg.norm(expected))
+    cosine = float(np.vdot(found, expected)) / lengths if lengths > 0 else 1.0
+    return Difference(name, shape, largest, relative, cosine, bool(relative <= tolerance))
+
+
+def _without_padding(values: np.ndarray, batch: Batch) -> np.ndarray:
+    """Outputs per token at real tokens only: what a program computes for padding does not matter."""
+    mask = batch["attention_mask"].numpy().astype(bool)
+    return values[mask] if values.ndim >= 3 and values.shape[:2] == mask.shape else values
+
+
+def _detail(rows: list[Difference], failed: list[Difference], tolerance: float) -> str:
+    worst = max(failed or rows, key=lambda row: np.inf if np.isnan(row.relative) else row.relative)
+    said = f"{worst.output} at {worst.shape} differs by {worst.relative:.2g} of its magnitude"
+    bound = f"tolerance {tolerance:g}"
+    return f"{said}, {bound}" if failed else f"{len(rows)} shapes; the worst: {said}, {bound}"
+
+
+def _finite(value: float) -> float:
+    """JSON has no infinity: the largest double stands in."""
+    return value if np.isfinite(value) else float(np.finfo(np.float64).max)

@@ -1,0 +1,124 @@
+"""The report as Markdown, fit for a comment on a pull request: verdict and gates in sight, the rest folded away."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Sequence
+
+from ..report import GateResult, Report, Verdict, short_number
+from .figures import VERDICT_WORDS, Column, columns, plain, summary
+
+_ICONS: dict[Verdict | None, str] = {"pass": "✅", "fail": "❌", "inconclusive": "❔", None: "➖"}
+_SPECIAL = re.compile(r"([\\`*_\[\]|~$])")
+
+
+def render_markdown(report: Report) -> str:
+    """The report as GitHub-flavoured Markdown. Text from the report is escaped: it can draw no markup, mention nobody
+    and break out of no table."""
+    blocks = [
+        f"## {_ICONS[report.verdict]} {VERDICT_WORDS[report.verdict]}: {_escape(report.title)}",
+        _escape(summary(report)),
+        _candidates(report),
+        _gates(report.gates),
+        _failed_checks(report),
+        *(f"> **Note:** {_escape(note)}" for note in report.notes),
+        _folded("Steps", _steps(report)),
+        _folded("Every metric", _metrics(report)),
+        _folded("Environment", _environment(report)),
+        f"<sub>{_escape(report.kind)} of {_escape(report.created)} by limbeck · {_escape(report.command)}</sub>",
+    ]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _escape(text: str) -> str:
+    one_line = " ".join(html.escape(text, quote=False).split())
+    # a zero-width space after @ keeps a name in a report from mentioning a person
+    return _SPECIAL.sub(r"\\\1", one_line).replace("@", "@\u200b")
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int) -> str:
+    """A table of cells that are Markdown already; columns from `numbers_from` on are right-aligned."""
+    rules = ["---:" if index >= numbers_from else "---" for index in range(len(headings))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rules, *rows))
+
+
+def _candidates(report: Report) -> str:
+    if not report.measured:
+        return ""
+    shown = columns(report)
+    rows = []
+    for index, candidate in enumerate(report.measured):
+        name = f"**{_escape(candidate.name)}**" + (" (teacher)" if candidate is report.teacher else "")
+        if candidate.unverified:
+            name += f"<br>⚠️ {_escape(candidate.unverified)}"
+        program = _escape(f"{candidate.backend} {candidate.precision}")
+        rows.append([name, program, *(_cell(column, index) for column in shown)])
+    return _table(["Candidate", "Program", *(_escape(column.heading) for column in shown)], rows, numbers_from=2)
+
+
+def _cell(column: Column, index: int) -> str:
+    figure = column.figures[index]
+    if figure is None:
+        return "–"
+    return figure.text + (f"<br><sub>{figure.interval}</sub>" if figure.interval else "")
+
+
+def _gates(gates: Sequence[GateResult]) -> str:
+    if not gates:
+        return ""
+    rows = [
+        [
+            f"{_ICONS[result.verdict]} {VERDICT_WORDS[result.verdict]}",
+            f"{_escape(result.gate.metric)} {_escape(result.gate.limits)}",
+            _escape(result.candidate),
+            _escape(result.reason) + (f"<br><sub>why: {_escape(result.gate.why)}</sub>" if result.gate.why else ""),
+        ]
+        for result in gates
+    ]
+    return "### Gates\n\n" + _table(["Verdict", "Gate", "Candidate", "Found"], rows, numbers_from=4)
+
+
+def _failed_checks(report: Report) -> str:
+    failed = [(candidate, check) for candidate, check in report.checks() if not check.passed]
+    lines = [
+        f"- ❌ **{_escape(check.name)}** of {_escape(item.name)}: {_escape(check.detail)}" for item, check in failed
+    ]
+    return "### Failed checks\n\n" + "\n".join(lines) if lines else ""
+
+
+def _folded(title: str, body: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>" if body else ""
+
+
+def _steps(report: Report) -> str:
+    lines = []
+    for step in report.steps:
+        settings = ", ".join(f"{key}={value}" for key, value in plain(step.settings) if key)
+        lines.append(
+            f"1. **{_escape(step.verb)}**, {_escape(step.method)}" + (f": {_escape(settings)}" if settings else "")
+        )
+        lines += [f"   {_escape(text)}" for text in (step.rationale, step.note) if text]
+    return "\n".join(lines)
+
+
+def _metrics(report: Report) -> str:
+    rows = [
+        [
+            _escape(candidate.name),
+            _escape(metric.name),
+            _escape(f"{short_number(metric.value)} {metric.unit}"),
+            f"{short_number(metric.low)} to {short_number(metric.high)}" if metric.low is not None else "–",
+            short_number(metric.teacher),
+            "–" if metric.count is None else f"{metric.count:,}",
+        ]
+        for candidate in report.measured
+        for metric in candidate.metrics
+    ]
+    headings = ["Candidate", "Metric", "Value", "95% interval", "Teacher", "Examples"]
+    return _table(headings, rows, numbers_from=2) if rows else ""
+
+
+def _environment(report: Report) -> str:
+    rows = [[_escape(key), _escape(value)] for key, value in plain(report.environment) if key]
+    return _table(["Fact", "Value"], rows, numbers_from=2) if rows else ""

@@ -1,0 +1,77 @@
+"""The report as a table for a terminal: the teacher first, candidates under it, then the gates and the verdict."""
+
+from __future__ import annotations
+
+import re
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..report import GateResult, Report, Verdict
+from .figures import VERDICT_WORDS, Column, columns, summary
+
+_ICONS: dict[Verdict | None, str] = {"pass": "✔", "fail": "✘", "inconclusive": "?", None: "–"}
+_STYLES: dict[Verdict | None, str] = {
+    "pass": "bold green",
+    "fail": "bold red",
+    "inconclusive": "bold yellow",
+    None: "bold",
+}
+# a terminal obeys these: a name in a report could otherwise recolour it, or rewrite what was printed
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def render_table(report: Report) -> RenderableType:
+    """What `limbeck validate`, `bench` and `gate` print. The verdict is coloured, and a word as well. Text from the
+    report is never read as rich markup, nor as a terminal's control codes."""
+    parts: list[RenderableType] = [_candidates(report)] if report.measured else []
+    if report.gates:
+        parts.append(_gates(report.gates))
+    for candidate, check in report.checks():
+        if not check.passed:
+            told = _text(f"{check.name} of {candidate.name}: {check.detail}")
+            parts.append(Text.assemble((f"{_ICONS['fail']} Check failed", _STYLES["fail"]), "  ", told))
+    parts.append(Text.assemble(_verdict(report.verdict), f"  {summary(report)}"))
+    return Group(*parts)
+
+
+def _text(words: str, style: str = "") -> Text:
+    return Text(_CONTROL.sub("\ufffd", words), style=style)
+
+
+def _verdict(verdict: Verdict | None) -> Text:
+    return Text(f"{_ICONS[verdict]} {VERDICT_WORDS[verdict]}", style=_STYLES[verdict])
+
+
+def _candidates(report: Report) -> Table:
+    """Without intervals, which need the width of a page; the gates under it name those that decide."""
+    table = Table(title=_text(report.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("Candidate", overflow="fold", min_width=18)
+    shown = columns(report)
+    for column in shown:
+        table.add_column(_text(column.heading), justify="right")
+    for index, candidate in enumerate(report.measured):
+        name = _text(candidate.name, "bold")
+        role = "teacher, " if candidate is report.teacher else ""
+        name.append_text(_text(f"\n{role}{candidate.backend} {candidate.precision}", "not bold dim"))
+        if candidate.unverified:
+            name.append_text(_text(f"\n! {candidate.unverified}", "not bold yellow"))
+        table.add_row(name, *(_cell(column, index) for column in shown))
+    return table
+
+
+def _cell(column: Column, index: int) -> Text:
+    figure = column.figures[index]
+    return Text("–", style="dim") if figure is None else Text(figure.text)
+
+
+def _gates(results: list[GateResult]) -> Table:
+    table = Table(title="Gates", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("Verdict", "Gate", "Candidate", "Found"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "Verdict")
+    for result in results:
+        gate = _text(f"{result.gate.metric} {result.gate.limits}")
+        table.add_row(_verdict(result.verdict), gate, _text(result.candidate), _text(result.reason))
+    return table

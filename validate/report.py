@@ -1,0 +1,302 @@
+"""The report: what was measured on a teacher and its candidates, which gates were asked, and what they answered.
+
+`report.json` is this model; HTML, Markdown, JUnit and the terminal table are renderings of it (`validate.rendering`).
+A figure that is not finite (a perplexity that overflowed) is kept as `"Infinity"` or `"NaN"`, since JSON has no word
+for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, field_validator, model_validator
+
+from ..errors import InputError
+from ..files import read_json, write_json
+from ..models.lineage import Curve, LayerWidths, Step
+
+SCHEMA_VERSION: Final = 1
+REPORT_FILE = "report.json"
+
+__all__ = ["Candidate", "Check", "Curve", "Gate", "GateResult", "Latency", "LayerWidths", "Metric", "ReliabilityBin",
+           "Report", "Step", "load_report", "save_report"]  # fmt: skip
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+_PROBLEMS_SHOWN = 3
+
+
+class _Record(BaseModel):
+    """A fact: never changed once written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class _Growing(BaseModel):
+    """Filled in while measurements come in; what is assigned is checked as what is given at the start."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, ser_json_inf_nan="strings")
+
+
+class Metric(_Record):
+    """One number about a candidate. `low` and `high` are the ends of its 95% interval, `count` the examples behind it,
+    `teacher` the teacher's value of the same metric; `name` is what gates name."""
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
+    count: int | None = Field(default=None, ge=0)
+    teacher: float | None = None
+    higher_is_better: bool
+    description: str
+    data: str | None = None
+
+    @model_validator(mode="after")
+    def _interval_in_order(self) -> Self:
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"the interval of {self.name} starts at {self.low} and ends below it, at {self.high}")
+        return self
+
+
+class Check(_Record):
+    """A yes-or-no proof (parity by shape, weight audit, sparsity) with the rows it rests on."""
+
+    name: str
+    passed: bool
+    detail: str
+    rows: list[dict[str, str | float | int | bool]] = []
+
+
+class Latency(_Record):
+    """How long one call took, in milliseconds, for one batch size and sequence length. `histogram_edges_ms` has one
+    entry more than `histogram_counts`; `speedup` is the teacher's time over this one; `properties` are the compile
+    properties as read back from the runtime."""
+
+    batch_size: int = Field(ge=1)
+    sequence_length: int = Field(ge=1)
+    threads: int = Field(ge=0)
+    rounds: int = Field(ge=0)
+    samples: int = Field(ge=0)
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    mean_ms: float
+    histogram_edges_ms: list[float] = []
+    histogram_counts: list[int] = []
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    properties: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _edges_enclose_counts(self) -> Self:
+        edges, counts = self.histogram_edges_ms, self.histogram_counts
+        if (edges or counts) and len(edges) != len(counts) + 1:
+            raise ValueError(f"a histogram of {len(counts)} counts needs {len(counts) + 1} edges, not {len(edges)}")
+        if any(right < left for left, right in itertools.pairwise(edges)):
+            raise ValueError("the edges of a histogram must rise")
+        return self
+
+
+class ReliabilityBin(_Record):
+    """Mean confidence and accuracy (both 0 to 1) of the `count` predictions in one confidence bin."""
+
+    confidence: float
+    accuracy: float
+    count: int = Field(ge=0)
+
+
+class Candidate(_Growing):
+    """One thing that was measured. `unverified` says in words what was never tried ("never run on a GPU")."""
+
+    name: str
+    kind: Literal["teacher", "checkpoint", "artifact"]
+    backend: str
+    precision: str
+    path: str
+    artifact_id: str | None = None
+    parameters: int | None = Field(default=None, ge=0)
+    size_bytes: int | None = Field(default=None, ge=0)
+    unverified: str | None = None
+    baseline: bool = False
+    """Measured for comparison only: no gate looks at it."""
+    metrics: list[Metric] = []
+    checks: list[Check] = []
+    latencies: list[Latency] = []
+    reliability: list[ReliabilityBin] = []
+
+    def metric(self, name: str) -> Metric | None:
+        """The metric of that name, or `None`."""
+        return next((metric for metric in self.metrics if metric.name == name), None)
+
+
+class Gate(_Record):
+    """A limit that candidates must keep: `metric` at least `min` and at most `max`, for every candidate whose name
+    matches the glob `candidate`.
+
+    ```yaml
+    gates:
+      - metric: spearman_kept
+        min: 0.98
+        why: below this the search team sees worse rankings
+      - metric: latency_p99_ms
+        candidate: "openvino-*"
+        max: 5
+    ```
+    """
+
+    metric: str = Field(min_length=1)
+    candidate: str = Field(default="*", min_length=1)
+    min: float | None = Field(default=None, allow_inf_nan=False)
+    max: float | None = Field(default=None, allow_inf_nan=False)
+    why: str | None = None
+
+    @field_validator("min", "max", mode="before")
+    @classmethod
+    def _limit_is_a_number(cls, value: object) -> object:
+        if isinstance(value, bool):  # YAML reads `yes` as true, and pydantic would read that as 1.0
+            raise ValueError("must be a number, not true or false")
+        return value
+
+    @model_validator(mode="after")
+    def _limits_make_sense(self) -> Self:
+        if self.min is None and self.max is None:
+            raise ValueError(f"the gate on {self.metric} needs min, max or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"the gate on {self.metric} has min {self.min:g} above max {self.max:g}")
+        return self
+
+    @property
+    def limits(self) -> str:
+        """What is asked, in words: `at least 0.98`."""
+        lower = [] if self.min is None else [f"at least {exact_number(self.min)}"]
+        upper = [] if self.max is None else [f"at most {exact_number(self.max)}"]
+        return " and ".join(lower + upper)
+
+
+class GateResult(_Record):
+    """What one gate said of one candidate; `low` and `high` are the ends of the metric's 95% interval."""
+
+    gate: Gate
+    candidate: str
+    observed: float | None
+    low: float | None = None
+    high: float | None = None
+    verdict: Verdict
+    reason: str
+
+
+class Report(_Growing):
+    """Everything that one `validate`, `bench` or `run` found. `created` is ISO 8601 in UTC, `data` names the data sets
+    by fingerprint or credit, `environment` is `environment.facts()`."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: Literal["validation", "benchmark", "run"]
+    title: str
+    created: str
+    command: str
+    teacher: Candidate | None = None
+    candidates: list[Candidate] = []
+    steps: list[Step] = []
+    constraints: list[str] = []
+    gates: list[GateResult] = []
+    environment: dict[str, Any] = {}
+    data: list[str] = []
+    notes: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _verdict_is_computed(cls, value: Any) -> Any:
+        """A stored verdict is never believed: it follows from the gates and checks."""
+        return {key: item for key, item in value.items() if key != "verdict"} if isinstance(value, dict) else value
+
+    @property
+    def measured(self) -> list[Candidate]:
+        """The teacher, if any, then the candidates."""
+        return [*([self.teacher] if self.teacher else []), *self.candidates]
+
+    def checks(self) -> Iterator[tuple[Candidate, Check]]:
+        """Every check with the candidate it belongs to."""
+        return ((candidate, check) for candidate in self.measured for check in candidate.checks)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def verdict(self) -> Verdict | None:
+        """`fail` when any gate or check fails, else `inconclusive` when any gate is, else `pass`; `None` when nothing
+        was asked."""
+        verdicts = {result.verdict for result in self.gates}
+        verdicts |= {"pass" if check.passed else "fail" for _, check in self.checks()}
+        ranking: tuple[Verdict, ...] = ("fail", "inconclusive", "pass")
+        return next((verdict for verdict in ranking if verdict in verdicts), None)
+
+
+def save_report(report: Report, folder: Path) -> Path:
+    """Write `report.json` into `folder`, whole or not at all, and return its path."""
+    path = folder / REPORT_FILE
+    # through pydantic's own JSON, which knows paths, dates and figures that are not finite
+    write_json(path, json.loads(report.model_dump_json()))
+    return path
+
+
+def load_report(path: Path) -> Report:
+    """Read a report from `report.json`, or from the folder that holds one.
+
+    Raises:
+        InputError: the file is missing, is not a report, or was written by a newer limbeck.
+    """
+    path = path / REPORT_FILE if path.is_dir() else path
+    value = read_json(path)
+    if not isinstance(value, dict) or "schema_version" not in value:
+        raise InputError(
+            f"{path} is not a limbeck report: it has no schema_version.", "Give the path of a report.json."
+        )
+    version = value["schema_version"]
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise InputError(
+            f"{path} has report schema version {version}; this limbeck reads version {SCHEMA_VERSION}.",
+            "Upgrade: pip install --upgrade limbeck.",
+        )
+    try:
+        return Report.model_validate(value)
+    except ValidationError as error:
+        raise InputError(
+            f"{path} is not a valid report: {describe_problems(error)}.",
+            "Write it again with limbeck validate or bench.",
+        ) from error
+
+
+def describe_problems(error: ValidationError) -> str:
+    """The first problems that pydantic found, each with the path of the key it is about."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    shown = [
+        f"{'.'.join(map(str, problem['loc'])) or 'the whole'}: {problem['msg'].removeprefix('Value error, ')}"
+        for problem in problems[:_PROBLEMS_SHOWN]
+    ]
+    left = len(problems) - len(shown)
+    return "; ".join(shown) + (f"; and {left} more" if left else "")
+
+
+def short_number(value: float | None, digits: int = 4) -> str:
+    """A figure for people: `digits` significant digits (as many decimals from 0.01 to 1, where figures stand in columns
+    of their like), thousands grouped, an exponent only far from one."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "∞" if value > 0 else "−∞"
+    size = abs(value)
+    if size and not 1e-4 <= size < 1e12:
+        return f"{value:.{digits - 1}e}"
+    leading = math.floor(math.log10(size)) if size else digits
+    decimals = max(0, digits if -2 <= leading < 0 else digits - 1 - leading)
+    return f"{value:,.{decimals}f}" if size >= 1000 else f"{value:.{decimals}f}"
+
+
+def exact_number(value: float) -> str:
+    """A limit as its author wrote it, without a needless `.0`."""
+    return repr(value).removesuffix(".0")
