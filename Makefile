@@ -11,13 +11,12 @@ quickstart: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest --cov --cov-report=term
-	$(BIN)/python tests/wheel_smoke_test.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/python tests/type_check.py
+	$(BIN)/python .ci/type_check.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -11,11 +11,12 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import ExportMismatch
+from .node_scopes import module_of
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 FLOAT16_MAX = 65_504.0
 MARGIN = 2.0
 """A tensor may reach 1/2 of the maximum: real traffic holds inputs that no calibration file does."""
-_SCOPES = "pkg.torch.onnx.name_scopes"
 _MOVES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Expand", "Slice", "Split", "Concat"})
 """Operators that only move values, so their outputs' ranges are known from their inputs'."""
 _PREFIX = "limbeck_largest_"
@@ -132,7 +132,7 @@ def _twin_with_ranges(model: onnx_ir.Model) -> tuple[onnx_ir.Model, dict[str, tu
     import onnx_ir
 
     watched = {
-        str(value.name): (_module_of(node), str(node.op_type))
+        str(value.name): (module_of(node), str(node.op_type))
         for node in model.graph
         if node.op_type not in _MOVES
         for value in node.outputs
@@ -149,9 +149,3 @@ def _twin_with_ranges(model: onnx_ir.Model) -> tuple[onnx_ir.Model, dict[str, tu
         twin.graph.extend([size, largest])
         twin.graph.outputs.append(output)
     return twin, watched
-
-
-def _module_of(node: Any) -> str:
-    text = node.metadata_props.get(_SCOPES, "")
-    scopes = [part.strip().strip("'\"") for part in text.strip("[]").split(",")]
-    return scopes[-2] if len(scopes) > 1 else ""

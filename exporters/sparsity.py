@@ -16,12 +16,12 @@ import numpy as np
 from ..errors import UsageError
 from ..models.sparsity import first_break, is_semi_structured, why_not_sparse, zero_share
 from .artifact import SparseLayer
+from .node_scopes import module_of
 from .parameter_names import TRANSPOSED
 
 if TYPE_CHECKING:
     import onnx_ir
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
 _LISTED = 5
 _OUTSIDE = "it is outside the layers: embeddings, poolers and heads stay dense"
 
@@ -135,10 +135,8 @@ def _stored(value: Any) -> np.ndarray:
 
 def _layer_of(node: Any, weight: str | None) -> str:
     """The module's name: from the weight's where that is a parameter's (quantisers drop the scopes), else from the
-    scopes that the trace left on the node (the last is the operator, the one before it the module)."""
+    scopes that the trace left on the node."""
     name = (weight or "").removesuffix("_quantized").removesuffix(TRANSPOSED)
     if name.endswith(".weight"):
         return name.removesuffix(".weight")
-    text = node.metadata_props.get(_SCOPES, "")
-    scopes = [part.strip().strip("'\"") for part in text.strip("[]").split(",")]
-    return scopes[-2] if len(scopes) > 1 and scopes[-2] else str(node.name or weight)
+    return module_of(node) or str(node.name or weight)

@@ -219,23 +219,19 @@ def _refuse_without_safetensors(folder: Path) -> None:
 
 def _guess_task(config: Mapping[str, Any], folder: Path) -> str:
     """The task by what the folder says of itself: sentence-transformers' files, then the architecture's head."""
+    import transformers
+    from optimum.exporters.tasks import TasksManager
+
     if (folder / MODULES_FILE).exists():
         return "sentence-similarity"
-    architectures = config.get("architectures") or []
-    heads = {
-        "ForSequenceClassification": "text-classification",
-        "ForTokenClassification": "token-classification",
-        "ForMaskedLM": "fill-mask",
-        "ForCausalLM": "text-generation",
-        "LMHeadModel": "text-generation",
-    }
-    for architecture in architectures:
-        for ending, task in heads.items():
-            if architecture.endswith(ending):
-                return task
-        if architecture.endswith("Model"):
+    for architecture in config.get("architectures") or []:
+        model_class = getattr(transformers, architecture, None)
+        task = TasksManager.infer_task_from_model(model_class) if model_class is not None else None
+        if task == "feature-extraction":
             logger.info("%s has no head: read as sentence-similarity with mean pooling (--task changes it)", folder)
             return "sentence-similarity"
+        if task in TASKS:
+            return str(task)
     raise InputError(f"{folder} does not say what it is for.", f"Add --task, one of {', '.join(TASKS)}.")
 
 

@@ -24,6 +24,7 @@ from limbeck.errors import ExportMismatch, InputError, UsageError
 from limbeck.exporters.artifact import Manifest
 from limbeck.exporters.build_plan import BuildPlan
 from limbeck.exporters.inputs import probe_batch, probe_batches
+from limbeck.exporters.node_scopes import module_of
 from limbeck.exporters.program import ExportedProgram
 from limbeck.exporters.settings import ExportSettings, ShapeRange
 from limbeck.exporters.sparsity import sparsity_evidence
@@ -124,11 +125,6 @@ def test_normalisation_and_softmax_are_float32_islands(sparse_kit: Callable[[str
     products = [node for node in graph if node.op_type in ("MatMul", "Gemm") and "rotary" not in module_of(node)]
     assert {value.dtype for node in products for value in node.inputs[:2]} == {onnx_ir.DataType.FLOAT16}
     assert {value.dtype for value in graph.outputs} == {onnx_ir.DataType.FLOAT}
-
-
-def module_of(node: onnx_ir.Node) -> str:
-    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "").strip("[]").split(",")
-    return scopes[-2].strip().strip("'") if len(scopes) > 1 else ""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
