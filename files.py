@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ class DiskFull(LimbeckError):
 
 def _siblings(target: Path, kind: str) -> list[Path]:
     parent = target.parent
-    return sorted(parent.glob(f".{target.name}{kind}*")) if parent.is_dir() else []
+    return sorted(parent.glob(f".{glob.escape(target.name)}{kind}*")) if parent.is_dir() else []
 
 
 def mend_half_done_swap(target: Path) -> None:
@@ -38,10 +39,19 @@ def mend_half_done_swap(target: Path) -> None:
             shutil.rmtree(replaced, ignore_errors=True)
         else:
             replaced.rename(target)
+    _sweep_stale_staging(target)
+
+
+def _sweep_stale_staging(target: Path) -> None:
+    """Drop what killed processes were writing beside `target`, a folder or a file."""
     for staging in _siblings(target, _STAGING):
         owner = staging.name.rsplit("-", 2)[-2]
-        if not (owner.isdigit() and _is_running(int(owner))):
+        if owner.isdigit() and _is_running(int(owner)):
+            continue
+        if staging.is_dir():
             shutil.rmtree(staging, ignore_errors=True)
+        else:
+            staging.unlink(missing_ok=True)
 
 
 def _is_running(pid: int) -> bool:
@@ -77,6 +87,7 @@ def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         UsageError: `target` holds something and `overwrite` is false.
         DiskFull: the disk filled up inside the block.
     """
+    target = target.resolve()  # `.` has no name to stage beside, and a link is not to be replaced by a folder
     check_output_folder(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.parent / f".{target.name}{_STAGING}{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -115,6 +126,7 @@ def _disk_full_named(target: Path) -> Iterator[None]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole: beside the target first, then moved over it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep_stale_staging(path)
     staging = path.parent / f".{path.name}{_STAGING}{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
         with _disk_full_named(path):

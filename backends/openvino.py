@@ -35,11 +35,9 @@ class OpenVINORunner(Runner):
     def __init__(self, graph: Path, properties: Mapping[str, str], threads: int | None = None) -> None:
         import openvino
 
-        wanted = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": str(threads or available_cpus()),
-            **properties,
-        }
+        # Without properties of its own a program runs as the plug-in pleases, but for the number of threads.
+        latency = {"PERFORMANCE_HINT": "LATENCY"} if properties else {}
+        wanted = {**latency, "INFERENCE_NUM_THREADS": str(threads or available_cpus()), **properties}
         try:
             compiled = openvino.Core().compile_model(str(graph), "CPU", wanted)
         except RuntimeError as error:

@@ -63,11 +63,14 @@ def get_backend(name: str) -> Backend:
         raise UsageError(f"There is no backend {name!r}; the backends are {', '.join(known)}.{meant}")
     try:
         loaded = point.load()
-    except (ImportError, AttributeError, SyntaxError) as error:
+    except Exception as error:  # another package's code may raise anything when it is imported
         raise BackendUnavailable(f"The plug-in backend {name!r} ({point.value}) does not import: {error}.") from error
     if not (isinstance(loaded, type) and issubclass(loaded, Backend)):
         raise BackendUnavailable(f"The plug-in backend {name!r} ({point.value}) is not a limbeck Backend.")
-    return loaded()
+    try:
+        return loaded()
+    except Exception as error:  # such as an abstract method that it does not define
+        raise BackendUnavailable(f"The plug-in backend {name!r} ({point.value}) cannot be made: {error}.") from error
 
 
 def list_backends() -> list[Listing]:
@@ -77,10 +80,14 @@ def list_backends() -> list[Listing]:
         source = "built in" if name in _BUILT_IN else _entry_points()[name].value
         try:
             backend = get_backend(name)
+            listings.append(Listing(name, backend.summary, source, backend.probe()))
         except BackendUnavailable as error:
             listings.append(Listing(name, "", source, Availability(False, False, error.message)))
-        else:
-            listings.append(Listing(name, backend.summary, source, backend.probe()))
+        except Exception as error:
+            if name in _BUILT_IN:
+                raise  # a defect of ours, to be seen as one
+            reason = f"{type(error).__name__} when probed: {error}"
+            listings.append(Listing(name, "", source, Availability(False, False, reason)))
     return listings
 
 

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 KIT, ENGINE = "tensorrt", "tensorrt-engine"
 PLAN_NAME = "model.engine"
 _INSTALL_EXPORT = 'pip install "limbeck[onnx]"'
-_INSTALL = 'pip install tensorrt "limbeck[tensorrt]" --extra-index-url https://pypi.nvidia.com'
+# tensorrt's wheels lie on NVIDIA's own package index; which one is in their guide.
+_INSTALL = (
+    'pip install tensorrt "limbeck[tensorrt]" (with NVIDIA\'s package index: see the TensorRT installation guide)'
+)
 _NEEDS_GPU = "Use a machine with an NVIDIA GPU and driver, and there: " + _INSTALL
 _LISTED = 10
 
@@ -32,7 +35,9 @@ class TensorRTBackend(Backend):
     name = "tensorrt"
     summary = "TensorRT: a build kit anywhere, an engine where a GPU is"
     precisions = ("fp32", "fp16", "bf16", "int8")
+    default_precision = "fp16"
     formats = (KIT, ENGINE)
+    built_format = ENGINE
 
     def probe(self) -> Availability:
         missing = [module for module in ("onnx", "onnxscript", "onnxruntime") if not is_importable(module)]
@@ -76,6 +81,7 @@ class TensorRTBackend(Backend):
             sparse_layers=sparse_layers,
             evidence=evidence,
             unverified="never built or run on a GPU",
+            is_kit=True,
         )
 
     def load(self, folder: Path, manifest: Manifest, threads: int | None = None) -> Runner:

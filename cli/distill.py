@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -74,21 +75,15 @@ def command(
     with working() as progress:
         progress.say("loading")
         from ..models.checkpoint import load_checkpoint
-        from ..recipes.steps import distill
+        from ..recipes.steps import distill, openvino_teacher
 
         loaded = load_checkpoint(teacher, task, trust_remote_code)
         rows = loaded.read(data, pairs(columns, "--column"))
         start = load_checkpoint(student, loaded.task.name, trust_remote_code) if student else None
-        progress.say("distilling")
-        result = distill(
-            loaded,
-            wanted,
-            rows,
-            student=start,
-            compiled_teacher=compiled_teacher,
-            rationale=rationale,
-            progress=progress,
-        )
+        with openvino_teacher(loaded, progress) if compiled_teacher else nullcontext() as call:
+            result = distill(
+                loaded, wanted, rows, student=start, teacher_call=call, rationale=rationale, progress=progress
+            )
         result.save(Path(out), overwrite)
     if as_json:
         print_json(checkpoint_summary(result, Path(out)))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from ..models.batching import Examples
 from ..models.checkpoint import Checkpoint, hash_of_model
 from ..models.data import Data
 from ..models.embedding import SentenceEmbedder
@@ -106,7 +107,7 @@ def distill(
     length = min(settings.max_length or student.max_length, student.max_length)
     examples = student.task.examples(data, student.tokenizer, length, student.model.config)
     weights = settings.objectives or DEFAULT_OBJECTIVES[student.task.name]
-    objectives = build_objectives(weights, student.task, has_labels="labels" in examples.features[0])
+    objectives = build_objectives(weights, student.task, has_labels=_has_labels(examples))
     if settings.freeze_embeddings:
         _freeze_embeddings(student)
     trace = TraceCallback()
@@ -137,6 +138,12 @@ def distill(
         curves=trace.curves(),
     )
     return student.after(student.model, step, data)
+
+
+def _has_labels(examples: Examples) -> bool:
+    """Whether anything is labelled: token-classification marks the tokens it scores even where the data has no tags."""
+    labels = (feature.get("labels", ()) for feature in examples.features)
+    return any(label >= 0 for row in labels for label in ([row] if isinstance(row, int) else row))
 
 
 def _freeze_embeddings(student: Checkpoint) -> None:

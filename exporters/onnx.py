@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..models.checkpoint import Checkpoint
 from .artifact import TensorSpec
 from .inputs import dynamic_shapes, sample_inputs
+from .node_scopes import module_of
 from .parameter_names import TRANSPOSED, ParameterNames
 from .program import ProgramWeight
 from .settings import ExportSettings
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 OPSET = 20
 """Pinned: the exporter's default moves with onnxscript's releases."""
 GRAPH_FILE = "model.onnx"
-_SCOPES = "pkg.torch.onnx.name_scopes"
 _HALF_ROUNDING = 2.0**-11
 """Relative rounding of float16; bfloat16 keeps 8 bits (2^-8)."""
 _BFLOAT16_ROUNDING = 2.0**-8
@@ -77,19 +77,13 @@ def name_weights(graph_model: onnx_ir.Model, module: nn.Module) -> None:
     for value in list(graph.initializers.values()):
         if value.const_value is None or not value.const_value.dtype.is_floating_point():
             continue
-        uses = list(value.uses())
-        scopes = [scope for use in uses for scope in _scopes_of(use.node)]
+        scopes = [module_of(use.node) for use in value.uses()]
         name = names.find(_bits(value.const_value), scopes)
         if name is None or name == value.name or name in taken:
             continue
         taken.add(name)
         value.name = name
         value.const_value.name = name
-
-
-def _scopes_of(node: Any) -> Sequence[str]:
-    text = node.metadata_props.get(_SCOPES, "")
-    return [part.strip().strip("'\"") for part in text.strip("[]").split(",") if part.strip()]
 
 
 def _bits(tensor: Any) -> np.ndarray:

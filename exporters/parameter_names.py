@@ -37,7 +37,7 @@ class ParameterNames:
 
         Args:
             values: the constant; axes of size one do not count.
-            scopes: qualified names of the modules around the constant's use, innermost last.
+            scopes: qualified names of the modules that use the constant.
         """
         candidates = self._by_content.get(_key(values), [])
         if not candidates:

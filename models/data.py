@@ -29,6 +29,7 @@ _READERS = {
     ".csv.gz": "csv",
     ".parquet": "parquet",
 }
+_ONE_ROW = "Give a data file with at least one row."
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
 
 
@@ -111,7 +112,7 @@ def read_data(
             raise UsageError(f"There is no field {name!r} to map a column to; this task reads {', '.join(known)}.")
     table = _read_table(str(source))
     if len(table) == 0:
-        raise InputError(f"{source} has no rows.", "Give a data file with at least one row.")
+        raise InputError(f"{source} has no rows.", _ONE_ROW)
     found = _map_columns(table.column_names, fields, optional, columns, str(source))
     guessed = {name: column for name, column in found.items() if name not in columns and name != column}
     if guessed:
@@ -177,12 +178,14 @@ def _read_file(path: Path) -> Dataset:
     if reader is None:
         raise InputError(f"{path} is of a kind that is not read here; valid endings are {', '.join(_READERS)}.")
     if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty.", "Give a data file with at least one row.")
+        raise InputError(f"{path} is empty.", _ONE_ROW)
     datasets.disable_progress_bars()
     try:
         # Keyed by content, so that a file that changed under the same name is read anew.
         return datasets.load_dataset(reader, data_files=str(path), split="train", revision=sha256_of_file(path)[:16])
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+        if "corresponds to no data" in str(error):  # a header and nothing below it
+            raise InputError(f"{path} has no rows.", _ONE_ROW) from error
         cause = error.__cause__ or error
         raise InputError(f"{path} could not be read as {reader}: {_first_line(cause)}") from error
 

@@ -12,9 +12,10 @@ from ..models.batching import Examples
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
 from ..models.lineage import DataRecord, Step
+from ..models.sparsity import is_semi_structured
 from .importance import Progress, get_importance
 from .result import PruneResult
-from .semi_structured import is_semi_structured, prune_semi_structured
+from .semi_structured import prune_semi_structured
 from .settings import PruneSettings
 from .structured import prune_ffn
 
@@ -98,7 +99,7 @@ def _examples(checkpoint: Checkpoint, data: Data) -> Examples:
 def _refuse_if_sparse(checkpoint: Checkpoint) -> None:
     """Cutting channels out of a 2:4 matrix moves its neighbours into other groups of four, and the pattern is gone."""
     blocks = anatomy_of(checkpoint.model).ffn(checkpoint.model)
-    if all(is_semi_structured(block.down.weight, reduction_axis(block.down)) for block in blocks):
+    if all(is_semi_structured(block.down.weight.detach().numpy(), reduction_axis(block.down)) for block in blocks):
         raise UsageError(
             f"{checkpoint.source} is 2:4 sparse already; cutting channels now would break the pattern.",
             "Cut channels first, then prune with --pattern 2:4.",

@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import torch
 
 from ..errors import InputError, UsageError
-from ..models.anatomy import Linear, anatomy_of, in_features, out_features, reduction_axis
+from ..models.anatomy import anatomy_of, in_features, out_features, reduction_axis
 from ..models.checkpoint import Checkpoint
+from ..models.sparsity import why_not_sparse
 from .result import PruneResult, check_finite, skipped_note
 
 PATTERNS: dict[str, tuple[int, int]] = {"2:4": (2, 4)}
-
-KERNEL_MULTIPLE = 32
-"""Both sizes of a sparse matrix must be multiples of this. cuSPARSELt takes multiples of 16 in float16 and bfloat16 and
-of 32 in int8 and fp8, as PyTorch's table for it says (`torch/sparse/semi_structured.py`,
-`SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS`). The stricter one, since precision is chosen later."""
 
 
 def prune_semi_structured(checkpoint: Checkpoint, pattern: str = "2:4") -> PruneResult:
@@ -41,7 +36,7 @@ def prune_semi_structured(checkpoint: Checkpoint, pattern: str = "2:4") -> Prune
     pruned: list[str] = []
     skipped: list[tuple[str, str]] = []
     for name, module in anatomy_of(model).linear_layers(model):
-        if (reason := why_not_sparse(module)) is not None:
+        if (reason := why_not_sparse(in_features(module), out_features(module))) is not None:
             skipped.append((name, reason))
             continue
         with torch.no_grad():
@@ -71,14 +66,6 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
     return PATTERNS[pattern]
 
 
-def why_not_sparse(module: Linear) -> str | None:
-    """The reason for which sparse kernels do not take this matrix, or `None` where they do."""
-    for size, what in ((in_features(module), "input"), (out_features(module), "output")):
-        if size % KERNEL_MULTIPLE:
-            return f"its {what} size {size} is not a multiple of {KERNEL_MULTIPLE}, which sparse kernels need"
-    return None
-
-
 def nm_mask(weight: torch.Tensor, n: int, m: int, dim: int) -> torch.Tensor:
     """True at the n largest magnitudes of every m consecutive values along `dim`; of equal ones the first.
 
@@ -96,28 +83,3 @@ def nm_mask(weight: torch.Tensor, n: int, m: int, dim: int) -> torch.Tensor:
     largest = torch.sort(groups, dim=-1, descending=True, stable=True).indices[..., :n]
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, largest, True)
     return mask.flatten(-2).movedim(-1, dim)
-
-
-def is_semi_structured(weight: np.ndarray | torch.Tensor, axis: int, n: int = 2, m: int = 4) -> bool:
-    """Whether every group of m consecutive values along `axis` has at most n that are not zero.
-
-    A size that does not divide into groups counts as no pattern, since no sparse kernel takes it.
-    """
-    values = _as_numpy(weight)
-    if values.shape[axis] % m:
-        return False
-    moved = np.moveaxis(values != 0, axis, -1)
-    groups = moved.reshape(*moved.shape[:-1], -1, m)
-    return bool((groups.sum(axis=-1) <= n).all())
-
-
-def zero_share(weight: np.ndarray | torch.Tensor) -> float:
-    """The share of values that are exactly zero, 0 for an empty weight."""
-    values = _as_numpy(weight)
-    return float((values == 0).mean()) if values.size else 0.0
-
-
-def _as_numpy(weight: np.ndarray | torch.Tensor) -> np.ndarray:
-    if isinstance(weight, torch.Tensor):
-        return weight.detach().cpu().float().numpy()  # numpy has no bfloat16
-    return weight

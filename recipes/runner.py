@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from .schema import Export, Recipe, Stage
 from .sources import Sources, fingerprint_of
 
 if TYPE_CHECKING:
+    from ..distill.trainer import TeacherCall
     from ..exporters.settings import ExportSettings
     from ..models.checkpoint import Checkpoint
     from ..models.data import Data
@@ -49,6 +51,7 @@ class RecipeRun:
         self._sources = Sources(self.recipe_folder)
         self._teacher_path = self._sources.model(self.recipe.teacher)
         self._loaded: dict[str, Any] = {}
+        self._open = ExitStack()
 
     def run(self) -> Report:
         """Every stage, export and measurement, then the gates and the report.
@@ -57,6 +60,10 @@ class RecipeRun:
             UsageError: a constraint that cannot be met, found before anything is trained.
             LimbeckError: whatever stops a stage; the stages before it stay.
         """
+        with self._open:
+            return self._run()
+
+    def _run(self) -> Report:
         keys = self._keys()
         folders = {name: self.out / f"{name}-{key[:12]}" for name, key in keys.items()}
         if self.recipe.constraints:
@@ -124,7 +131,7 @@ class RecipeRun:
                 stage.distill,
                 data,
                 student=None if drawn else self._checkpoint(start, folders, fresh=True),
-                compiled_teacher=self.recipe.compiled_teacher,
+                teacher_call=self._compiled_teacher() if self.recipe.compiled_teacher else None,
                 rationale=stage.rationale,
                 progress=self.progress,
             )
@@ -187,6 +194,15 @@ class RecipeRun:
         if name not in self._loaded:
             self._loaded[name] = load_checkpoint(path, self.recipe.task)
         return self._loaded[name]  # type: ignore[no-any-return]
+
+    def _compiled_teacher(self) -> TeacherCall:
+        """The teacher through OpenVINO, compiled once for all stages of the run."""
+        from .steps import openvino_teacher
+
+        if "teacher call" not in self._loaded:
+            teacher = self._checkpoint("teacher", {})
+            self._loaded["teacher call"] = self._open.enter_context(openvino_teacher(teacher, self.progress))
+        return self._loaded["teacher call"]  # type: ignore[no-any-return]
 
     def _data(self, which: str) -> Data:
         if which not in self._loaded:

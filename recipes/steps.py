@@ -15,8 +15,8 @@ import torch
 
 from ..backends.base import ExportJob
 from ..backends.registry import backend_of_format, get_backend, load_runner
-from ..distill.distillation import keeping_hidden, needs_hidden, student_of
 from ..distill.distillation import distill as train_student
+from ..distill.distillation import keeping_hidden, student_of
 from ..distill.settings import DistillSettings
 from ..distill.trainer import TeacherCall
 from ..environment import facts
@@ -54,14 +54,14 @@ def distill(
     data: Data,
     *,
     student: Checkpoint | None = None,
-    compiled_teacher: bool = False,
+    teacher_call: TeacherCall | None = None,
     rationale: str | None = None,
     progress: Progress = SILENT,
 ) -> Checkpoint:
     """Draw a student from the teacher (or go on with the one given) and train it.
 
     Args:
-        compiled_teacher: compute the teacher's outputs through OpenVINO, after its program has been checked.
+        teacher_call: a cheaper way to the teacher's outputs than eager torch: `openvino_teacher`.
     """
     if student is None:
         if settings.layers is None:
@@ -70,24 +70,24 @@ def distill(
     elif settings.layers is not None:
         raise UsageError("A student that is at hand already cannot be drawn again: leave `layers` out.")
 
-    def train(call: TeacherCall | None) -> Checkpoint:
-        return train_student(
-            student, teacher, settings, data, teacher_call=call, rationale=rationale, progress=progress.advance
-        )
-
-    if not compiled_teacher:
-        return train(None)
-    progress.say("compiling the teacher")
-    with openvino_teacher(teacher, needs_hidden(settings.objectives, teacher.task.name)) as call:
-        progress.say("distilling")
-        return train(call)
+    progress.say("distilling")
+    return train_student(
+        student, teacher, settings, data, teacher_call=teacher_call, rationale=rationale, progress=progress.advance
+    )
 
 
 @contextmanager
-def openvino_teacher(teacher: Checkpoint, hidden: bool) -> Iterator[TeacherCall]:
-    """The teacher's outputs computed by OpenVINO at the runtime's own precision, checked against eager torch first."""
+def openvino_teacher(teacher: Checkpoint, progress: Progress = SILENT) -> Iterator[TeacherCall]:
+    """The teacher's outputs (hidden states too, where it has them) computed by OpenVINO at the runtime's own precision,
+    checked against eager torch first.
+
+    Raises:
+        BackendUnavailable: OpenVINO is not installed.
+        ExportMismatch: the compiled teacher answers otherwise.
+    """
+    progress.say("compiling the teacher")
     settings = ExportSettings(backend="openvino", precision="native")
-    with TemporaryDirectory(prefix="limbeck-") as folder, keeping_hidden(*([teacher] if hidden else [])):
+    with TemporaryDirectory(prefix="limbeck-") as folder, keeping_hidden(teacher):
         backend = get_backend("openvino")
         program = backend.export(ExportJob(teacher, settings), Path(folder))
         runner = backend.load(Path(folder), _manifest(teacher, settings, program))
@@ -192,6 +192,9 @@ def _check(
     audit = audit_weights(checkpoint.module, program.weights, quantised=settings.precision == "int8")
     progress.say("comparing outputs with torch")
     runner = get_backend(settings.backend).load(folder, manifest)
+    for name, wanted in program.compile_properties.items():
+        if (found := runner.properties.get(name, wanted)) != wanted:
+            progress.say(f"this machine's runtime compiles {name}={found} where {wanted} was asked for")
     try:
         probes = probe_batches(checkpoint, settings.shapes, token_stream(batches))
         parity = check_parity(runner, checkpoint.run, probes, settings.precision)

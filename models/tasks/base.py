@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...errors import InputError
 from ..batching import Batch, Examples, Feature
 from ..data import Data, Field
 from ..embedding import Pooling
@@ -56,6 +57,20 @@ class Task(ABC):
         """A scalar, the mean over the batch, whose gradient says what matters: the task's loss with labels; without
         them, the output in a random direction (its squared gradient estimates how far the output moves when something
         is removed)."""
+
+
+def texts_of(data: Data, field: str) -> list[str]:
+    """The field's text in every row.
+
+    Raises:
+        InputError: a row without it (an empty cell of a CSV file, say), which would be read as the word "None".
+    """
+    texts = data.values(field)
+    if None in texts:
+        raise InputError(
+            f"Row {texts.index(None) + 1} of {data.source} has no {field}.", "Fill it in, or drop the row."
+        )
+    return [str(text) for text in texts]
 
 
 def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Feature]:

@@ -12,7 +12,7 @@ from torch import nn
 from ...errors import InputError
 from ..batching import IGNORED_LABEL, Batch, Examples, Feature
 from ..data import Data, Field
-from .base import Task, tokenize
+from .base import Task, texts_of, tokenize
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ class FillMask(_LanguageModeling):
         if tokenizer.mask_token_id is None:
             raise InputError("fill-mask needs a tokenizer with a mask token; this one has none.")
         special = set(tokenizer.all_special_ids)
-        features = tokenize([str(text) for text in data.values("text")], tokenizer, max_length)
+        features = tokenize(texts_of(data, "text"), tokenizer, max_length)
         return Examples([_masked(feature, i, tokenizer.mask_token_id, special) for i, feature in enumerate(features)])
 
 
@@ -87,7 +87,7 @@ class TextGeneration(_LanguageModeling):
         self, data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, config: PretrainedConfig
     ) -> Examples:
         features: list[Feature] = []
-        encoded = tokenizer([str(text) for text in data.values("text")], padding=False, verbose=False)["input_ids"]
+        encoded = tokenizer(texts_of(data, "text"), padding=False, verbose=False)["input_ids"]
         for ids in encoded:
             for start in range(0, len(ids), max_length):
                 window = ids[start : start + max_length]

@@ -13,7 +13,7 @@ from ...errors import InputError
 from ..batching import Batch, Examples
 from ..data import Data, Field
 from ..embedding import Pooling, SentenceEmbedder
-from .base import Task, random_direction, tokenize
+from .base import Task, random_direction, texts_of, tokenize
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -43,11 +43,11 @@ class SentenceSimilarity(Task):
         self, data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, config: PretrainedConfig
     ) -> Examples:
         if data.has("sentence1") and data.has("sentence2"):
-            texts = [str(text) for text in (*data.values("sentence1"), *data.values("sentence2"))]
-            scores = np.asarray(data.values("score"), dtype=np.float64) if data.has("score") else None
+            texts = texts_of(data, "sentence1") + texts_of(data, "sentence2")
+            scores = _scores(data) if data.has("score") else None
             return Examples(tokenize(texts, tokenizer, max_length), scores)
         if data.has("text"):
-            return Examples(tokenize([str(text) for text in data.values("text")], tokenizer, max_length))
+            return Examples(tokenize(texts_of(data, "text"), tokenizer, max_length))
         raise InputError(
             f"{data.source} has no column for 'text', nor for 'sentence1' and 'sentence2'.",
             "Name the column: --column text=COLUMN.",
@@ -58,3 +58,13 @@ class SentenceSimilarity(Task):
 
     def loss(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         return random_direction(outputs[self.output])
+
+
+def _scores(data: Data) -> np.ndarray:
+    scores = []
+    for row, value in enumerate(data.values("score"), start=1):
+        try:
+            scores.append(float(value))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"Row {row} of {data.source} has the score {value!r}, which is not a number.") from error
+    return np.asarray(scores, dtype=np.float64)

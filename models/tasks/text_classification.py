@@ -12,7 +12,7 @@ from torch import nn
 from ...errors import InputError
 from ..batching import Batch, Examples
 from ..data import Data, Field
-from .base import Task, random_direction, tokenize
+from .base import Task, random_direction, texts_of, tokenize
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -35,9 +35,9 @@ class TextClassification(Task):
     def examples(
         self, data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, config: PretrainedConfig
     ) -> Examples:
-        texts = [str(text) for text in data.values("text")]
+        texts = texts_of(data, "text")
         if data.has("text_pair"):
-            pairs = [str(text) for text in data.values("text_pair")]
+            pairs = texts_of(data, "text_pair")
             encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, padding=False)
             features = [{name: encoded[name][i] for name in encoded} for i in range(len(texts))]
         else:

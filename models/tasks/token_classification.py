@@ -37,6 +37,9 @@ class TokenClassification(Task):
         if not tokenizer.is_fast:
             raise InputError(f"token-classification needs a fast tokenizer; {type(tokenizer).__name__} is a slow one.")
         words = data.values("tokens")
+        for row, value in enumerate(words, start=1):
+            if not isinstance(value, list):
+                raise InputError(f"Row {row} of {data.source} has {value!r} as tokens, which is not a list of words.")
         encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length, padding=False)
         tags = data.values("tags") if data.has("tags") else None
         features: list[Feature] = []
