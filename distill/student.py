@@ -56,6 +56,11 @@ def draw_student(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedM
             state[name] = tensor
         elif int(match[2]) in layers:
             state[f"{match[1]}{list(layers).index(int(match[2]))}{match[3]}"] = tensor
+    if state.keys() != student.state_dict().keys():  # ModernBERT's first layer alone has no attention norm
+        raise UsageError(
+            f"The layers {list(layers)} cannot be drawn: layer 0 of a {config.model_type} is unlike the others, so it "
+            "must be the first."
+        )
     student.load_state_dict(state)
     student.eval()
     return student

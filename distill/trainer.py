@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -70,6 +72,10 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # set anew by Trainer's own __init__
         self.remove_callback(PrinterCallback)
 
+    def _get_train_sampler(self, *_: Any) -> LengthGroups:
+        lengths = [len(feature["input_ids"]) for feature in self.train_dataset]
+        return LengthGroups(lengths, self.args.train_batch_size, self.args.seed)
+
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -96,6 +102,37 @@ class DistillationTrainer(Trainer):
             self._sums.clear()
             self._batches = 0
         super().log(logs, *args, **kwargs)
+
+
+class LengthGroups(Sampler[int]):
+    """Positions of examples so that every batch holds texts of like length (little padding) and batches come in random
+    order. Trainer's own grouping goes from long to short, over and over: the loss then swings with the length, and
+    training ends on nothing but short texts.
+    """
+
+    _BATCHES_SORTED_TOGETHER = 50
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self._lengths, self._batch_size = np.asarray(lengths), batch_size
+        self._generator = np.random.default_rng(seed)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        order = self._generator.permutation(len(self._lengths))
+        batches: list[np.ndarray] = []
+        together = self._BATCHES_SORTED_TOGETHER * self._batch_size
+        for start in range(0, len(order), together):
+            group = order[start : start + together]
+            group = group[np.argsort(self._lengths[group], kind="stable")]
+            batches += [group[i : i + self._batch_size] for i in range(0, len(group), self._batch_size)]
+        # The loader cuts this stream every `batch_size` positions, so the one short batch has to come last.
+        short = [batch for batch in batches if len(batch) < self._batch_size]
+        full = [batch for batch in batches if len(batch) == self._batch_size]
+        self._generator.shuffle(full)
+        for batch in (*full, *short):
+            yield from (int(position) for position in batch)
 
 
 class TraceCallback(TrainerCallback):
@@ -165,7 +202,6 @@ def training_arguments(settings: DistillSettings, examples: Examples, folder: Pa
         weight_decay=settings.weight_decay,
         bf16=settings.bf16,
         use_cpu=not torch.cuda.is_available(),
-        train_sampling_strategy="group_by_length",
         remove_unused_columns=False,  # it would drop what the objectives read
         logging_steps=max(1, steps // _LOGS),
         save_strategy="no",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import InputError
@@ -163,7 +164,7 @@ def load_checkpoint(source: str | Path, task: str | None = None, trust_remote_co
         model=model,
         tokenizer=load_tokenizer(folder, trust_remote_code),
         task=chosen,
-        lineage=lineage or Lineage(origin=_origin(source, config), task=chosen.name),
+        lineage=lineage or Lineage(origin=_origin(source), task=chosen.name),
         source=str(source),
         hash=hash_of_model(model),
         pooling=read_pooling(folder) if chosen.name == "sentence-similarity" else Pooling(),
@@ -171,8 +172,13 @@ def load_checkpoint(source: str | Path, task: str | None = None, trust_remote_co
     )
 
 
-def _origin(source: str | Path, config: Mapping[str, Any]) -> str:
-    return str(config.get("_name_or_path") or Path(str(source)).name)
+def _origin(source: str | Path) -> str:
+    """What people call the model: its hub id, or its folder, or the folder around one that says only `model`."""
+    path = Path(str(source))
+    if not path.is_dir():
+        return str(source)
+    folder = path.resolve()
+    return folder.parent.name if folder.name in ("model", "checkpoint") else folder.name
 
 
 def _local_folder(source: str) -> Path:
@@ -249,7 +255,7 @@ def _load_model(folder: Path, task: Task, config: Mapping[str, Any], trust_remot
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except (ValueError, OSError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{folder} could not be loaded for {task.name}: {str(error).strip().splitlines()[0]}"
         ) from error
@@ -273,9 +279,12 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the Rust library raises bare exceptions
         raise InputError(f"{folder} has no tokenizer that loads: {str(error).strip().splitlines()[0]}") from error
+    if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids)):  # what transformers makes up without files
+        raise InputError(f"{folder} has no tokenizer that loads: no vocabulary.", "Copy the tokenizer's files into it.")
+    return tokenizer
 
 
 def hash_of_model(model: PreTrainedModel) -> str:

@@ -3,7 +3,6 @@ any time goes into training it."""
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -123,8 +122,7 @@ def _refuse_unmeasurable(recipe: Recipe) -> None:
     for limits in recipe.constraints:
         if limits.energy_mj is not None:
             raise UsageError(
-                f"The constraint energy_mj cannot be checked: limbeck does not measure energy on {platform.node()!r} "
-                "(it has no meter for this machine yet).",
+                "The constraint energy_mj cannot be checked: limbeck has no energy meter yet, on any machine.",
                 "Leave energy_mj out; latency at a fixed number of threads is the nearest that is measured.",
             )
 

@@ -176,7 +176,7 @@ class RecipeRun:
         report = report.model_copy(
             update={
                 "kind": "run",
-                "title": f"{self.recipe.name}: {report.title}",
+                "title": f"{self.recipe.name}: {report.title.partition(' against ')[2]} made small",
                 "constraints": constraints,
                 "gates": apply_gates(report, self.recipe.all_gates()),
             }

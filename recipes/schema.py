@@ -73,7 +73,7 @@ class Constraints(_Part):
     size_mb: float | None = Field(None, gt=0)
     peak_memory_mb: float | None = Field(None, gt=0)
     energy_mj: float | None = Field(None, gt=0)
-    """Millijoules a call, where the machine can measure it."""
+    """Millijoules a call. Refused before training for as long as limbeck cannot measure it."""
     quality: dict[str, float] = Field(default_factory=dict)
     """Metric to the least value, for example `spearman_kept: 0.97`."""
 
