@@ -18,6 +18,7 @@ from .errors import InputError, LimbeckError, UsageError
 
 _STAGING = ".staging-"
 _REPLACED = ".replaced-"
+_NO_ROOM = 1 << 20  # bytes: less than this is a full disk to whatever failed to write there
 
 
 class DiskFull(LimbeckError):
@@ -114,13 +115,20 @@ def _swap(staging: Path, target: Path) -> None:
 def _disk_full_named(target: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(
-                f"The disk is full: {target} could not be written, and nothing of it was left behind.",
-                "Free some space, or choose an --out on another disk.",
-            ) from error
+    except LimbeckError:
         raise
+    except Exception as error:
+        if not _says_disk_full(error) and shutil.disk_usage(target.parent).free > _NO_ROOM:
+            raise
+        raise DiskFull(
+            f"The disk is full: {target} could not be written, and nothing of it was left behind.",
+            "Free some space, or choose an --out on another disk.",
+        ) from error
+
+
+def _says_disk_full(error: Exception) -> bool:
+    """Only Python's own writers say it with an error number; others say it in words, or (numpy) not at all."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
 def write_text(path: Path, text: str) -> None:

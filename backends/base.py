@@ -87,8 +87,10 @@ class Backend(ABC):
     """One line for `limbeck backends`."""
     precisions: ClassVar[tuple[Precision, ...]] = ("fp32",)
     default_precision: ClassVar[Precision] = "fp32"
-    formats: ClassVar[tuple[str, ...]]
+    formats: ClassVar[tuple[str, ...]] = ()
     """The artifact formats (`Manifest.format`) that this backend loads."""
+    sparsities: ClassVar[tuple[str, ...]] = ()
+    """Patterns of zeros that its compiler can use (`--sparsity`)."""
     built_format: ClassVar[str] = ""
     """The format that `build` makes of a kit, where there is a build."""
 
@@ -120,4 +122,4 @@ class Backend(ABC):
         Raises:
             BackendUnavailable: this backend needs no build, or the device or compiler is not here.
         """
-        raise UsageError(f"A {self.name} artifact needs no build: it runs as it was exported.")
+        raise UsageError(f"An artifact of {self.name} needs no build: it runs as it was exported.")

@@ -30,9 +30,12 @@ class OnnxRunner(Runner):
         options.intra_op_num_threads = threads or available_cpus()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3  # errors only: its warnings are about fusions that did not apply
+        from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+        unusable = (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.NotImplemented, errors.NoSuchFile)
         try:
             self._session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        except (onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented, RuntimeError) as error:
+        except (*unusable, RuntimeError) as error:
             raise BackendUnavailable(
                 f"ONNX Runtime's CPU cannot run {graph.name}: {str(error).splitlines()[0]}"
             ) from error
@@ -45,13 +48,11 @@ class OnnxRunner(Runner):
         }
 
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
         try:
             values = self._session.run(self._outputs, self._feed(batch))
-        except onnxruntime.capi.onnxruntime_pybind11_state.OnnxRuntimeException as error:  # pragma: no cover
-            raise InputError(f"ONNX Runtime refused the inputs: {str(error).splitlines()[0]}") from error
-        except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
+        except (errors.InvalidArgument, errors.RuntimeException, errors.Fail) as error:
             shape = tuple(next(iter(batch.values())).shape)
             raise InputError(
                 f"The program does not take inputs of shape {shape}: {str(error).splitlines()[0]}"
@@ -99,6 +100,8 @@ class OnnxBackend(Backend):
         precision = job.settings.precision
         if precision == "bf16":
             raise UsageError("ONNX Runtime's CPU has no bf16; the onnx backend takes fp32, fp16 and int8.")
+        if precision == "int8":
+            exporter.require_calibration(job.calibration)
         job.progress("tracing the graph")
         if precision == "fp16":
             import torch

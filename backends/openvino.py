@@ -97,11 +97,14 @@ class OpenVINOBackend(Backend):
 
     def export(self, job: ExportJob, folder: Path) -> ExportedProgram:
         from ..exporters import openvino as exporter
+        from ..exporters.onnx import require_calibration
         from ..exporters.program import ExportedProgram
 
         precision = job.settings.precision
         if precision == "int8" and not is_importable("nncf"):
             raise BackendUnavailable("An int8 export to OpenVINO needs nncf, which is not installed.", _INSTALL)
+        if precision == "int8":
+            require_calibration(job.calibration)
         job.progress("tracing the graph")
         exported = exporter.export_graph(job.checkpoint, job.settings)
         if precision == "int8":

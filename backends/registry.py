@@ -14,6 +14,7 @@ from .base import Availability, Backend, Runner
 
 if TYPE_CHECKING:
     from ..exporters.artifact import Manifest
+    from ..exporters.settings import ExportSettings
 
 ENTRY_POINT_GROUP = "limbeck.backends"
 
@@ -71,6 +72,29 @@ def get_backend(name: str) -> Backend:
         return loaded()
     except Exception as error:  # such as an abstract method that it does not define
         raise BackendUnavailable(f"The plug-in backend {name!r} ({point.value}) cannot be made: {error}.") from error
+
+
+def backend_for(settings: ExportSettings) -> Backend:
+    """The backend that can do this export, here; asked before a model is loaded or trained.
+
+    Raises:
+        UsageError: there is no such backend, or it lacks the precision or sparsity.
+        BackendUnavailable: a package that the export needs is missing.
+    """
+    backend = get_backend(settings.backend)
+    if settings.precision not in backend.precisions:
+        valid = ", ".join(backend.precisions)
+        raise UsageError(f"The backend {backend.name} has no precision {settings.precision}; it has {valid}.")
+    if settings.sparsity is not None and settings.sparsity not in backend.sparsities:
+        able = [name for name in _BUILT_IN if settings.sparsity in get_backend(name).sparsities]
+        raise UsageError(
+            f"The backend {backend.name} makes no use of {settings.sparsity} sparsity; {', '.join(able)} does.",
+            "Leave --sparsity out: the zeros stay in the weights all the same.",
+        )
+    available = backend.probe()
+    if not available.can_export:
+        raise BackendUnavailable(f"The backend {backend.name} cannot export here: {available.reason}.", available.mend)
+    return backend
 
 
 def list_backends() -> list[Listing]:

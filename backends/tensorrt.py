@@ -37,6 +37,7 @@ class TensorRTBackend(Backend):
     precisions = ("fp32", "fp16", "bf16", "int8")
     default_precision = "fp16"
     formats = (KIT, ENGINE)
+    sparsities = ("2:4",)
     built_format = ENGINE
 
     def probe(self) -> Availability:

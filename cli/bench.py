@@ -33,8 +33,7 @@ def command(subject: str, against: tuple[str, ...], task: str | None, as_json: b
     """
     from ..errors import UsageError
     from ..validate.latency import BenchSettings
-    from .console import out as stdout
-    from .console import print_json, working
+    from .console import print_json, show, working
 
     wanted = checked(BenchSettings, settings)
     ordered = [*against, subject]  # the first one is what ratios are to
@@ -53,7 +52,7 @@ def command(subject: str, against: tuple[str, ...], task: str | None, as_json: b
         print_json({"candidates": [_figures(candidate) for candidate in report.candidates],
                     "environment": report.environment})  # fmt: skip
     else:
-        stdout.print(render_table(report))
+        show(render_table(report))
 
 
 def _figures(candidate: object) -> dict[str, object]:

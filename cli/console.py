@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
@@ -17,8 +19,30 @@ from ..recipes.progress import Progress
 
 _LINE_EVERY_SECONDS = 20.0
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+_LOG_WIDTH = 120
+"""Columns of a table that goes to a file or a pipe."""
+
+
+class _Stream(Console):
+    """Prints names and messages as they are (no markup in them). A reader that leaves (`limbeck ... | head -1`) changes
+    neither the work nor the exit code."""
+
+    def __init__(self, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, highlight=False)
+        if not self.is_terminal and "COLUMNS" not in os.environ:
+            self.width = _LOG_WIDTH
+
+    def on_broken_pipe(self) -> None:
+        _discard(self.file.fileno())
+
+
+def _discard(descriptor: int) -> None:
+    """Let what is still written to a stream whose reader has left go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+out = _Stream()
+err = _Stream(stderr=True)
 
 
 class _Lines(Progress):
@@ -32,13 +56,13 @@ class _Lines(Progress):
 
     def say(self, text: str) -> None:
         self._text, self._last = text, time.monotonic()
-        err.print(f"{self._prefix()}{text}", markup=False)
+        err.print(f"{self._prefix()}{text}", soft_wrap=True)
 
     def advance(self, done: int, total: int) -> None:
         now = time.monotonic()
         if now - self._last >= _LINE_EVERY_SECONDS:
             self._last = now
-            err.print(f"{self._prefix()}{self._text}: {done} of {total}", markup=False)
+            err.print(f"{self._prefix()}{self._text}: {done} of {total}", soft_wrap=True)
 
     def _prefix(self) -> str:
         return f"[{self._stage}] " if self._stage else ""
@@ -77,7 +101,7 @@ class _NotedBars(logging.Handler):
     """What limbeck says of its own accord (a guessed column, say) goes above the bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        err.print(record.getMessage(), markup=False)
+        err.print(record.getMessage(), soft_wrap=True)
 
 
 @contextmanager
@@ -89,7 +113,7 @@ def working() -> Iterator[Progress]:
     noted.setLevel(logging.INFO)
     try:
         if err.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
                        TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
             with Bars(*columns, console=err) as bars:
                 yield _Bar(bars)
@@ -101,9 +125,17 @@ def working() -> Iterator[Progress]:
 
 def print_json(value: Any) -> None:
     """Print JSON to standard output, and nothing else."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    try:
+        print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+    except BrokenPipeError:
+        _discard(sys.stdout.fileno())
+
+
+def show(result: RenderableType) -> None:
+    """Print a result for people to standard output."""
+    out.print(result)
 
 
 def done(text: str) -> None:
     """The last line of a command that wrote something."""
-    err.print(text, markup=False)
+    err.print(text, soft_wrap=True)

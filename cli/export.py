@@ -48,7 +48,7 @@ def command(
     The artifact is checked before it appears: outputs at several shapes against torch, every weight against the
     checkpoint's. It carries its tokenizer and a manifest that hashes every file.
     """
-    from ..backends.registry import get_backend
+    from ..backends.registry import backend_for, get_backend
     from ..exporters.settings import ExportSettings, ShapeRange
     from ..files import check_output_folder
     from .console import done, print_json, working
@@ -58,6 +58,7 @@ def command(
     shapes = checked(ShapeRange, {"max_batch": max_batch, "max_sequence": max_sequence})
     values = {**settings, "backend": backend, "precision": precision or chosen.default_precision, "shapes": shapes}
     wanted = checked(ExportSettings, values)
+    backend_for(wanted)
     check_output_folder(Path(out), overwrite)
     with working() as progress:
         progress.say("loading")

@@ -30,8 +30,7 @@ def command(report: str, gates: str, as_json: bool) -> None:
     from ..validate.gates import apply_gates, load_gates, raise_for_verdict
     from ..validate.rendering import render_table
     from ..validate.report import load_report
-    from .console import out as stdout
-    from .console import print_json
+    from .console import print_json, show
 
     limits = load_gates(existing(gates))
     loaded = load_report(existing(report))
@@ -39,5 +38,5 @@ def command(report: str, gates: str, as_json: bool) -> None:
     if as_json:
         print_json({"verdict": judged.verdict, "gates": [result.model_dump(mode="json") for result in judged.gates]})
     else:
-        stdout.print(render_table(judged))
+        show(render_table(judged))
     raise_for_verdict(judged)

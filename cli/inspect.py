@@ -24,8 +24,7 @@ def command(path: str, task: str | None, trust_remote_code: bool, as_json: bool)
     An artifact's files are verified against its manifest first.
     """
     from ..exporters.artifact import MANIFEST_FILE, open_artifact
-    from .console import out as stdout
-    from .console import print_json
+    from .console import print_json, show
     from .summary import artifact_summary, checkpoint_summary, summary_table
 
     folder = existing(path)
@@ -39,4 +38,4 @@ def command(path: str, task: str | None, trust_remote_code: bool, as_json: bool)
         print_json(summary)
     else:
         for part in summary_table(summary):
-            stdout.print(part)
+            show(part)

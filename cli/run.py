@@ -35,8 +35,7 @@ def execute(recipe_path: Path, out: str | None, as_json: bool) -> None:
     from ..recipes.schema import load_recipe
     from ..validate.gates import raise_for_verdict
     from ..validate.rendering import render_table
-    from .console import done, print_json, working
-    from .console import out as stdout
+    from .console import done, print_json, show, working
 
     recipe = load_recipe(recipe_path)
     folder = Path(out) if out else Path("runs") / recipe.name
@@ -46,7 +45,7 @@ def execute(recipe_path: Path, out: str | None, as_json: bool) -> None:
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:
-        stdout.print(render_table(report))
+        show(render_table(report))
     for record in execution.records:
         done(f"{record.name:<20} {'done before' if record.resumed else f'{record.seconds:.0f} s'}")
     done(f"Report: {folder / 'report.html'}")

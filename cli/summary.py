@@ -83,9 +83,11 @@ def _history(lineage: Lineage) -> list[dict[str, Any]]:
 
 def summary_table(summary: dict[str, Any]) -> Iterator[Table]:
     """The same for people."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    facts = Table(show_header=False, title=summary["path"], title_justify="left")
+    facts = Table(
+        "fact", Column("value", overflow="fold"), show_header=False, title=summary["path"], title_justify="left"
+    )
     for name, value in summary.items():
         if isinstance(value, str | int) and name != "path":
             facts.add_row(name, f"{value:,}" if isinstance(value, int) else value)

@@ -27,6 +27,7 @@ Examples:
 @click.option("--batch-size", type=int, help="Of the timed call.  [default: 1]")
 @click.option("--sequence-length", type=int, help="Of the timed call, in tokens.  [default: 128]")
 @click.option("--threads", type=int, help="[default: all]")
+@click.option("--rounds", type=int, help="Rounds in which all take turns.")
 @click.option("--samples", type=int, help="Use the first N rows only.")
 @model_options
 @column_option
@@ -43,8 +44,7 @@ def command(
     """
     from ..files import check_output_folder, staged_folder
     from ..validate.gates import load_gates, raise_for_verdict
-    from .console import done, print_json, working
-    from .console import out as stdout
+    from .console import done, print_json, show, working
 
     limits = load_gates(existing(gates)) if gates else []
     check_output_folder(Path(out), overwrite)
@@ -65,6 +65,6 @@ def command(
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:
-        stdout.print(render_table(report))
+        show(render_table(report))
     done(f"Report: {Path(out) / 'report.html'}")
     raise_for_verdict(report)

@@ -124,8 +124,10 @@ def distill(
             examples=examples,
             callbacks=[trace, ProgressCallback(progress), KeepZeros(student.module)],
         )
-        trainer.train()
-    student.module.requires_grad_(True).eval()
+        try:
+            trainer.train()
+        finally:
+            student.module.requires_grad_(True).eval()
     step = Step(
         verb="distill",
         method=" + ".join(weights),

@@ -102,9 +102,13 @@ def seal(manifest: Manifest, folder: Path) -> Manifest:
     """Hash every file of the folder into the manifest and write it; the last thing that happens to an artifact."""
     names = [path.as_posix() for path in files_below(folder) if path.as_posix() != MANIFEST_FILE]
     hashes = {name: sha256_of_file(folder / name) for name in names}
-    sealed = manifest.model_copy(update={"files": hashes, "artifact_id": sha256_of_json(hashes)[:16]})
+    sealed = manifest.model_copy(update={"files": hashes, "artifact_id": _id_of(hashes)})
     write_json(folder / MANIFEST_FILE, sealed.model_dump(mode="json"))
     return sealed
+
+
+def _id_of(hashes: Mapping[str, str]) -> str:
+    return sha256_of_json(hashes)[:16]
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -149,6 +153,11 @@ def open_artifact(folder: Path) -> Manifest:
                 f"{folder / name} is not the file that was exported: its SHA-256 differs from the manifest's.",
                 "Export or copy it again; do not deploy it.",
             )
+    if manifest.artifact_id != _id_of(manifest.files):
+        raise IntegrityError(
+            f"{folder / MANIFEST_FILE} lists other files than its artifact id {manifest.artifact_id!r} stands for.",
+            "Export or copy it again; do not deploy it.",
+        )
     extra = {path.as_posix() for path in files_below(folder)} - {*manifest.files, MANIFEST_FILE}
     if extra:
         raise IntegrityError(

@@ -91,20 +91,24 @@ def _bits(tensor: Any) -> np.ndarray:
     return array.view(np.int16) if array.dtype.itemsize == 2 else array
 
 
-def quantize_int8(
-    exported: ExportedModel, checkpoint: Checkpoint, calibration: Sequence[Mapping[str, torch.Tensor]]
-) -> None:
-    """Static int8 by ONNX Runtime's quantiser (Q/DQ nodes), calibrated on real batches: unsigned activations and
-    signed weights per channel, the pair that VNNI instructions multiply.
+def require_calibration(calibration: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Refuse an int8 export without data, before the model is traced.
 
     Raises:
         InputError: no calibration data.
     """
+    if not calibration:
+        raise InputError("An int8 export needs real inputs to calibrate on.", "Add --calibration FILE.")
+
+
+def quantize_int8(
+    exported: ExportedModel, checkpoint: Checkpoint, calibration: Sequence[Mapping[str, torch.Tensor]]
+) -> None:
+    """Static int8 by ONNX Runtime's quantiser (Q/DQ nodes), calibrated on real batches: unsigned activations and
+    signed weights per channel, the pair that VNNI instructions multiply."""
     from onnxruntime.quantization import QuantType
     from transformers.exporters import OnnxRuntimeQuantizer, OnnxRuntimeStaticConfig
 
-    if not calibration:
-        raise InputError("An int8 export needs real inputs to calibrate on.", "Add --calibration FILE.")
     config = OnnxRuntimeStaticConfig(
         op_types_to_quantize=["MatMul", "Gemm"],
         per_channel=True,

@@ -83,16 +83,10 @@ def _bits(values: np.ndarray) -> np.ndarray:
 def quantize_int8(
     exported: ExportedModel, checkpoint: Checkpoint, calibration: Sequence[Mapping[str, torch.Tensor]]
 ) -> None:
-    """Post-training int8 by NNCF, calibrated on real batches.
-
-    Raises:
-        InputError: no calibration data.
-    """
+    """Post-training int8 by NNCF, calibrated on real batches."""
     import nncf
     from transformers.exporters import NNCFOpenVINOQuantizer, NNCFQuantizationConfig
 
-    if not calibration:
-        raise InputError("An int8 export needs real inputs to calibrate on.", "Add --calibration FILE.")
     config = NNCFQuantizationConfig(model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration))
     quantizer = NNCFOpenVINOQuantizer(config, calibration_dataset=[dict(batch) for batch in calibration])
     component = exported.components["model"]

@@ -114,6 +114,11 @@ def read_data(
     if len(table) == 0:
         raise InputError(f"{source} has no rows.", _ONE_ROW)
     found = _map_columns(table.column_names, fields, optional, columns, str(source))
+    if not found:
+        raise InputError(
+            f"{source} has no column for {', '.join(map(repr, known))}; it has {', '.join(table.column_names)}.",
+            f"Name the column: --column {known[0]}=COLUMN.",
+        )
     guessed = {name: column for name, column in found.items() if name not in columns and name != column}
     if guessed:
         said = ", ".join(f"{name} = column {column!r}" for name, column in guessed.items())
@@ -166,23 +171,30 @@ def _read_table(source: str) -> Dataset:
     return _read_hub(source)
 
 
+def _quiet_datasets() -> Any:
+    """The package without its bars and log lines: what went wrong is said by the error that we raise."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    return datasets
+
+
 def _reader_of(path: Path) -> str | None:
     name = path.name.lower()
     return next((reader for ending, reader in _READERS.items() if name.endswith(ending)), None)
 
 
 def _read_file(path: Path) -> Dataset:
-    import datasets
-
+    datasets = _quiet_datasets()
     reader = _reader_of(path)
     if reader is None:
         raise InputError(f"{path} is of a kind that is not read here; valid endings are {', '.join(_READERS)}.")
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty.", _ONE_ROW)
-    datasets.disable_progress_bars()
     try:
         # Keyed by content, so that a file that changed under the same name is read anew.
-        return datasets.load_dataset(reader, data_files=str(path), split="train", revision=sha256_of_file(path)[:16])
+        return datasets.load_dataset(reader, sha256_of_file(path)[:16], data_files=str(path), split="train")
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         if "corresponds to no data" in str(error):  # a header and nothing below it
             raise InputError(f"{path} has no rows.", _ONE_ROW) from error
@@ -191,9 +203,7 @@ def _read_file(path: Path) -> Dataset:
 
 
 def _read_folder(path: Path) -> Dataset:
-    import datasets
-
-    datasets.disable_progress_bars()
+    datasets = _quiet_datasets()
     try:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             saved = datasets.load_from_disk(str(path))

@@ -68,7 +68,7 @@ def make_plan(recipe: Recipe, teacher: Checkpoint, data: Data, progress: Progres
             settings = settings_of(wanted).model_copy(update={"calibration_samples": _CALIBRATION_ROWS})
             manifest = export(untrained, settings, target, calibration=data, progress=progress)
             costs = {"size_mb": artifact_size(target) / 1e6}
-            if not manifest.is_kit:
+            if not manifest.is_kit and _needs_timing(recipe, wanted):
                 costs |= _timed(recipe, teacher, wanted.name, target, progress)
             plan.predictions.append(Prediction(artifact=wanted.name, parameters=untrained.parameters, costs=costs))
     for limits in recipe.constraints:
@@ -76,6 +76,10 @@ def make_plan(recipe: Recipe, teacher: Checkpoint, data: Data, progress: Progres
             if limits.means(prediction.artifact):
                 _refuse_impossible(limits, prediction)
     return plan
+
+
+def _needs_timing(recipe: Recipe, wanted: Export) -> bool:
+    return any(limits.means(wanted.name) and limits.limits().keys() - {"size_mb"} for limits in recipe.constraints)
 
 
 def _untrained(recipe: Recipe, wanted: Export, teacher: Checkpoint, progress: Progress) -> Checkpoint:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..backends.registry import backend_for
 from ..files import files_below, mend_half_done_swap, sha256_of_json, staged_folder, write_text
 from ..validate.gates import apply_gates
 from ..validate.report import Report, load_report
@@ -66,6 +67,7 @@ class RecipeRun:
     def _run(self) -> Report:
         keys = self._keys()
         folders = {name: self.out / f"{name}-{key[:12]}" for name, key in keys.items()}
+        self._refuse_early(folders)
         if self.recipe.constraints:
             self._stage("plan", folders, self._plan)
         for stage in self.recipe.stages:
@@ -74,6 +76,15 @@ class RecipeRun:
             self._stage(export.name, folders, lambda folder, e=export: self._export(e, folders, folder))  # type: ignore[misc]
         self._stage("measurement", folders, lambda folder: self._measure(folders, folder))
         return self._conclude(folders["measurement"])
+
+    def _refuse_early(self, folders: Mapping[str, Path]) -> None:
+        """What cannot work is said before anything is trained: a backend that is not here, data without its columns."""
+        for export in self.recipe.exports:
+            if not folders[export.name].exists():
+                backend_for(settings_of(export))
+        if not all(folders[stage.name].exists() for stage in self.recipe.stages):
+            for which in ("train", "validation", "calibration"):
+                self._data(which)
 
     def _keys(self) -> dict[str, str]:
         """The hash of everything that each stage depends on."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..distill.settings import DistillSettings
-from ..errors import InputError
+from ..errors import InputError, UsageError
 from ..exporters.settings import Precision, ShapeRange
 from ..prune.settings import PruneSettings
 from ..validate.report import Gate, describe_problems
+
+_RESERVED = ("plan", "measurement")
 
 
 class _Part(BaseModel):
@@ -135,14 +139,26 @@ class Recipe(_Part):
                 raise ValueError(f"the name {stage.name} is given twice")
             known.add(stage.name)
         names = [export.name for export in self.exports]
+        for name in _RESERVED:
+            if name in known or name in names:
+                raise ValueError(f"the name {name} is taken: a run writes a folder of that name itself")
         for export in self.exports:
             if export.start not in known:
                 raise ValueError(f"the export {export.name} starts from {export.start}, which no stage makes")
             if export.name in known or names.count(export.name) > 1:
                 raise ValueError(f"the name {export.name} is given twice")
+        return self
+
+    @model_validator(mode="after")
+    def _limits_are_on_exports(self) -> Self:
+        names = [export.name for export in self.exports]
         for limits in self.constraints:
             if not any(limits.means(name) for name in names):
                 raise ValueError(f"a constraint names {limits.artifact}, which no export makes ({', '.join(names)})")
+        gated = [export.name for export in self.exports if not export.baseline]
+        for gate in self.gates:
+            if not any(name == gate.candidate or fnmatchcase(name, gate.candidate) for name in gated):
+                raise ValueError(f"the gate on {gate.metric} names {gate.candidate}, but gated are {', '.join(gated)}")
         return self
 
     def start_of(self, stage: Stage) -> str:
@@ -172,4 +188,35 @@ def load_recipe(path: Path) -> Recipe:
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:
-        raise InputError(f"{path} is not a valid recipe: {describe_problems(error)}.") from error
+        said = _unknown_key(error) or describe_problems(error)
+        raise InputError(f"{path} is not a valid recipe: {said}.") from error
+    except UsageError as error:  # what settings that contradict each other raise
+        raise InputError(f"{path} is not a valid recipe: {error.message}", error.hint) from error
+
+
+def _unknown_key(error: ValidationError) -> str | None:
+    """The first key that recipes do not have, with the nearest and all those that are valid in its place."""
+    places = [problem["loc"] for problem in error.errors() if problem["type"] == "extra_forbidden"]
+    if not places:
+        return None
+    *where, key = places[0]
+    valid = _keys_at(where)
+    near = difflib.get_close_matches(str(key), valid, n=1)
+    meant = f" (did you mean {near[0]!r}?)" if near else ""
+    place = ".".join(map(str, where)) or "a recipe"
+    return f"{place} has no key {key!r}{meant}; valid keys are {', '.join(valid)}"
+
+
+def _keys_at(where: Sequence[str | int]) -> list[str]:
+    part: Any = Recipe
+    for step in where:
+        if isinstance(step, str):
+            part = _model_in(part.model_fields[step].annotation)
+    return list(part.model_fields)
+
+
+def _model_in(annotation: Any) -> Any:
+    """The settings class in an annotation such as `list[Stage]` or `PruneSettings | None`."""
+    if hasattr(annotation, "model_fields"):
+        return annotation
+    return next((model for part in get_args(annotation) if (model := _model_in(part))), None)

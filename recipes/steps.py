@@ -14,13 +14,13 @@ from tempfile import TemporaryDirectory
 import torch
 
 from ..backends.base import ExportJob
-from ..backends.registry import backend_of_format, get_backend, load_runner
+from ..backends.registry import backend_for, backend_of_format, get_backend, load_runner
 from ..distill.distillation import distill as train_student
 from ..distill.distillation import keeping_hidden, student_of
 from ..distill.settings import DistillSettings
 from ..distill.trainer import TeacherCall
 from ..environment import facts
-from ..errors import BackendUnavailable, ExportMismatch, UsageError
+from ..errors import ExportMismatch, UsageError
 from ..exporters.artifact import CheckRecord, Manifest, open_artifact, read_manifest, seal
 from ..exporters.inputs import probe_batches, token_stream
 from ..exporters.program import ExportedProgram
@@ -134,16 +134,10 @@ def export(
 
     Raises:
         ExportMismatch: the program does not compute what the checkpoint computes; nothing is left at `out`.
-        UsageError: a precision that the backend does not have, or an `out` that holds something.
+        UsageError: a precision or sparsity that the backend does not have, or an `out` that holds something.
         BackendUnavailable: a package that the export needs is missing.
     """
-    backend = get_backend(settings.backend)
-    if settings.precision not in backend.precisions:
-        valid = ", ".join(backend.precisions)
-        raise UsageError(f"The backend {backend.name} has no precision {settings.precision}; it has {valid}.")
-    available = backend.probe()
-    if not available.can_export:
-        raise BackendUnavailable(f"The backend {backend.name} cannot export here: {available.reason}.", available.mend)
+    backend = backend_for(settings)
     check_output_folder(out, overwrite)
     batches = calibration_batches(checkpoint, calibration, settings.calibration_samples)
     with staged_folder(out, overwrite) as folder:

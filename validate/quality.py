@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from ..errors import InputError
 from .calibration import brier_score, expected_calibration_error, reliability_bins, softmax
 from .predictions import Predictions
 from .report import Metric, ReliabilityBin
@@ -16,6 +17,7 @@ from .statistics import Interval, bootstrap_interval, grouped_jackknife_interval
 
 _AGREEMENT_TEXTS = 1500
 """Texts whose pairs are compared: 1,500 make 1.1 million pairs."""
+_FEWEST_TEXTS = 4
 _GROUPS = 20
 _RESAMPLES = 1000
 
@@ -57,10 +59,14 @@ def _similarity(teacher: np.ndarray, candidate: np.ndarray, scores: np.ndarray |
     cosine = np.sum(_unit(teacher) * _unit(candidate), axis=1)
     mean = bootstrap_interval(cosine[:, None], lambda rows: float(rows.mean()), _RESAMPLES)
     few_t, few_c = teacher[:_AGREEMENT_TEXTS], candidate[:_AGREEMENT_TEXTS]
+    if len(few_t) < _FEWEST_TEXTS:
+        said = f"There are {len(few_t)} texts to validate on; a rank agreement needs at least {_FEWEST_TEXTS}."
+        raise InputError(said, "Validate on more examples.")
+    groups = min(_GROUPS, len(few_t))
     metrics = [
         _metric(
             "agreement_spearman",
-            grouped_jackknife_interval(len(few_t), _GROUPS, lambda kept: _rank_agreement(few_t[kept], few_c[kept])),
+            grouped_jackknife_interval(len(few_t), groups, lambda kept: _rank_agreement(few_t[kept], few_c[kept])),
             len(few_t),
             data,
             "rank correlation of the teacher's and the candidate's cosines over all pairs of texts",

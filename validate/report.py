@@ -275,7 +275,7 @@ def describe_problems(error: ValidationError) -> str:
     """The first problems that pydantic found, each with the path of the key it is about."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     shown = [
-        f"{'.'.join(map(str, problem['loc'])) or 'the whole'}: {problem['msg'].removeprefix('Value error, ')}"
+        ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, "))))
         for problem in problems[:_PROBLEMS_SHOWN]
     ]
     left = len(problems) - len(shown)

@@ -70,6 +70,11 @@ def texts_of(data: Data, field: str) -> list[str]:
         raise InputError(
             f"Row {texts.index(None) + 1} of {data.source} has no {field}.", "Fill it in, or drop the row."
         )
+    if not any(isinstance(text, str) for text in texts):
+        raise InputError(
+            f"The column {data.columns[field]!r} of {data.source} holds no text: its first value is {texts[0]!r}.",
+            f"Name another column: --column {field}=COLUMN.",
+        )
     return [str(text) for text in texts]
 
 

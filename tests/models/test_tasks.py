@@ -195,7 +195,7 @@ def test_pairs_of_sentences_are_two_features_each(load: Any, examples_of: ReadRo
 
 
 def test_sentence_similarity_says_what_is_missing(load: Any, examples_of: ReadRows) -> None:
-    with pytest.raises(InputError, match="no column for 'text', nor for 'sentence1' and 'sentence2'"):
+    with pytest.raises(InputError, match="no column for 'text', 'sentence1', 'sentence2', 'score'; it has title"):
         examples_of(load("sentence-similarity"), [{"title": "a"}])
     rows = [{"sentence1": "a", "sentence2": "b", "label": "entailment"}]
     with pytest.raises(InputError, match=r"Row 1 .* has the score 'entailment', which is not a number"):

@@ -1,0 +1,432 @@
+"""Every mistake a person can make ends in one sentence that names it, in the right exit code, and with nothing left
+half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from limbeck.cli.main import _run
+from limbeck.validate import gates
+
+Limbeck = Callable[..., Any]
+TinyCheckpoint = Callable[..., Path]
+WriteRows = Callable[[Path, Iterable[dict[str, Any]]], Path]
+
+# A machine without OpenVINO: the path finder does not find it, as if it were not installed.
+WITHOUT_OPENVINO = """
+from importlib.machinery import PathFinder
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] == "openvino" else super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+"""
+
+
+@pytest.fixture(scope="session")
+def model(tiny_checkpoint: TinyCheckpoint) -> Path:
+    return tiny_checkpoint("bert")
+
+
+@pytest.fixture
+def copy(model: Path, tmp_path: Path) -> Path:
+    """A copy of the model that a test may break."""
+    return Path(shutil.copytree(model, tmp_path / "copy"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Iterator[Path]:
+    """Where the command is told to write; nothing may have come of it, staged or whole."""
+    folder = tmp_path / "parent" / "out"
+    yield folder
+    assert not folder.parent.exists() or list(folder.parent.iterdir()) == []
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("errors") / "artifact"
+    assert _run(["export", str(model), "--backend", "onnx", "--out", str(folder)]) == 0
+    return folder
+
+
+def assert_refused(outcome: Any, code: int, *words: str) -> None:
+    """The exit code, one `Error:` line, the words that matter, no traceback, nothing on standard output."""
+    assert outcome.code == code, outcome.err
+    assert outcome.err.count("Error: ") == 1
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+    for word in words:
+        assert word in outcome.err
+
+
+# data
+
+
+def distil(limbeck: Limbeck, model: Path, data: object, out: Path, *more: object) -> Any:
+    return limbeck("distill", model, "--data", data, "--layers", 1, "--max-steps", 1, "--out", out, *more)
+
+
+def test_a_missing_data_file(limbeck: Limbeck, model: Path, out: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "missing.jsonl"
+    assert_refused(distil(limbeck, model, missing, out), 4, f"{missing} does not exist")
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "empty.csv"])
+def test_an_empty_data_file(limbeck: Limbeck, model: Path, out: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    assert_refused(distil(limbeck, model, tmp_path / name, out), 4, f"{name} is empty", "at least one row")
+
+
+def test_a_data_file_of_another_kind(limbeck: Limbeck, model: Path, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.docx").write_text("words")
+    assert_refused(distil(limbeck, model, tmp_path / "texts.docx", out), 4, "texts.docx", ".jsonl", ".csv", ".parquet")
+
+
+def test_a_malformed_data_file(limbeck: Limbeck, model: Path, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    assert_refused(distil(limbeck, model, tmp_path / "texts.jsonl", out), 4, "texts.jsonl could not be read")
+
+
+@pytest.fixture
+def odd_columns(tmp_path: Path, write_jsonl: WriteRows) -> Path:
+    return write_jsonl(tmp_path / "odd.jsonl", [{"words": "One fox.", "count": 3}, {"words": "Two.", "count": 4}])
+
+
+def test_no_column_that_the_task_reads(limbeck: Limbeck, model: Path, out: Path, odd_columns: Path) -> None:
+    refused = distil(limbeck, model, odd_columns, out)
+    assert_refused(refused, 4, "'text'", "it has words, count", "--column text=COLUMN")
+
+
+def test_a_column_that_is_not_there(limbeck: Limbeck, model: Path, out: Path, odd_columns: Path) -> None:
+    refused = distil(limbeck, model, odd_columns, out, "--column", "text=wods")
+    assert_refused(refused, 4, "no column 'wods'", "words, count", "Did you mean 'words'?")
+
+
+def test_a_column_without_text(limbeck: Limbeck, model: Path, out: Path, odd_columns: Path) -> None:
+    refused = distil(limbeck, model, odd_columns, out, "--column", "text=count")
+    assert_refused(refused, 4, "'count'", "holds no text", "--column text=COLUMN")
+
+
+def test_a_field_that_the_task_does_not_have(limbeck: Limbeck, model: Path, out: Path, odd_columns: Path) -> None:
+    refused = distil(limbeck, model, odd_columns, out, "--column", "txt=words")
+    assert_refused(refused, 2, "no field 'txt'", "text, sentence1")
+
+
+def test_a_mapping_without_a_column(limbeck: Limbeck, model: Path, out: Path, odd_columns: Path) -> None:
+    assert_refused(distil(limbeck, model, odd_columns, out, "--column", "words"), 2, "NAME=VALUE", "'words'")
+
+
+# models
+
+
+def export(limbeck: Limbeck, model: object, out: Path, *more: object) -> Any:
+    return limbeck("export", model, "--backend", "onnx", "--out", out, *more)
+
+
+def test_a_missing_model(limbeck: Limbeck, out: Path, tmp_path: Path) -> None:
+    assert_refused(export(limbeck, tmp_path / "nowhere", out), 4, f"{tmp_path / 'nowhere'} does not exist")
+
+
+def test_a_folder_that_is_no_model(limbeck: Limbeck, out: Path, tmp_path: Path) -> None:
+    assert_refused(export(limbeck, tmp_path, out), 4, f"{tmp_path} has no config.json")
+
+
+def test_a_task_that_the_model_was_not_made_for(limbeck: Limbeck, model: Path, out: Path) -> None:
+    refused = export(limbeck, model, out, "--task", "text-classification")
+    assert_refused(refused, 4, "BertModel", "no weights for classifier", "cannot serve text-classification", "--task")
+
+
+def test_an_unknown_task(limbeck: Limbeck, model: Path, out: Path) -> None:
+    refused = export(limbeck, model, out, "--task", "sentence-similarty")
+    assert_refused(refused, 2, "no task 'sentence-similarty'", "text-generation", "Did you mean 'sentence-similarity'?")
+
+
+def test_a_checkpoint_without_weights(limbeck: Limbeck, copy: Path, out: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    assert_refused(export(limbeck, copy, out), 4, str(copy), "no weights (*.safetensors)")
+
+
+def test_weights_that_are_a_pickle_are_never_opened(limbeck: Limbeck, copy: Path, out: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    assert_refused(export(limbeck, copy, out), 4, "pytorch_model.bin", "pickle", "only safetensors", "save_pretrained")
+
+
+def test_weights_that_are_cut_short(limbeck: Limbeck, copy: Path, out: Path) -> None:
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:3000])
+    assert_refused(export(limbeck, copy, out), 4, str(copy), "could not be loaded")
+
+
+def test_a_configuration_that_is_no_json(limbeck: Limbeck, copy: Path, out: Path) -> None:
+    (copy / "config.json").write_text("{")
+    assert_refused(export(limbeck, copy, out), 4, "config.json is not valid JSON")
+
+
+def test_a_model_without_a_tokenizer(limbeck: Limbeck, copy: Path, out: Path) -> None:
+    for path in copy.glob("tokenizer*"):
+        path.unlink()
+    assert_refused(export(limbeck, copy, out), 4, str(copy), "no tokenizer")
+
+
+# backends
+
+
+def test_an_unknown_backend(limbeck: Limbeck, model: Path, out: Path) -> None:
+    refused = limbeck("export", model, "--backend", "opnvino", "--out", out)
+    assert_refused(refused, 2, "no backend 'opnvino'", "onnx, openvino, tensorrt", "Did you mean 'openvino'?")
+
+
+def test_a_backend_that_is_not_installed(limbeck_child: Limbeck, model: Path, out: Path) -> None:
+    words = ("export", model, "--backend", "openvino", "--out", out)
+    refused = limbeck_child(*words, before=WITHOUT_OPENVINO)
+    assert_refused(refused, 3, "openvino", "not installed", 'pip install "limbeck[openvino]"')
+
+
+def test_backends_lists_the_one_that_is_not_installed(limbeck_child: Limbeck) -> None:
+    shown = limbeck_child("backends", "--json", before=WITHOUT_OPENVINO)
+    listed = {backend["name"]: backend["availability"] for backend in json.loads(shown.out)["backends"]}
+    assert shown.code == 0
+    assert not listed["openvino"]["can_export"]
+    assert listed["onnx"]["can_export"]
+
+
+def test_a_precision_that_the_backend_does_not_have(limbeck: Limbeck, model: Path, out: Path) -> None:
+    assert_refused(export(limbeck, model, out, "--precision", "bf16"), 2, "no precision bf16", "fp32, fp16, int8")
+    assert_refused(export(limbeck, model, out, "--precision", "fp12"), 2, "--precision", "'fp12'", "'fp16'")
+
+
+def test_a_sparsity_that_the_backend_makes_no_use_of(limbeck: Limbeck, model: Path, out: Path) -> None:
+    assert_refused(export(limbeck, model, out, "--sparsity", "2:4"), 2, "onnx", "2:4", "tensorrt does")
+
+
+def test_a_pattern_that_the_weights_do_not_have(limbeck: Limbeck, model: Path, out: Path) -> None:
+    refused = limbeck("export", model, "--backend", "tensorrt", "--sparsity", "2:4", "--out", out)
+    assert_refused(refused, 2, "not 2:4", "attention.self.query", "limbeck prune")
+
+
+def test_int8_without_texts_to_calibrate_on(limbeck: Limbeck, model: Path, out: Path) -> None:
+    refused = export(limbeck, model, out, "--precision", "int8")
+    assert refused.code in (2, 4)
+    assert "--calibration FILE" in refused.err
+
+
+# outputs
+
+
+def test_an_output_folder_that_is_not_empty(limbeck: Limbeck, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep me")
+    refused = limbeck("export", model, "--backend", "onnx", "--out", tmp_path)
+    assert_refused(refused, 2, f"{tmp_path} is not empty", "--overwrite")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_output_that_is_a_file(limbeck: Limbeck, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert_refused(limbeck("prune", model, "--pattern", "2:4", "--out", tmp_path / "file"), 2, "is a file")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_fills_up_under_a_checkpoint(limbeck: Limbeck, model: Path, small_disk: Path) -> None:
+    refused = limbeck("prune", model, "--pattern", "2:4", "--out", small_disk / "out")
+    assert_refused(refused, 4, "The disk is full", str(small_disk / "out"), "Free some space")
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_under_an_artifact(limbeck: Limbeck, model: Path, small_disk: Path) -> None:
+    assert_refused(export(limbeck, model, small_disk / "out"), 4, "The disk is full", str(small_disk / "out"))
+    assert list(small_disk.iterdir()) == []
+
+
+# artifacts
+
+
+@pytest.fixture
+def changed(artifact: Path, tmp_path: Path) -> Path:
+    """The artifact with one bit of one byte of its program turned."""
+    folder = Path(shutil.copytree(artifact, tmp_path / "changed"))
+    program = folder / "model.onnx"
+    content = bytearray(program.read_bytes())
+    content[len(content) // 2] ^= 1
+    program.write_bytes(content)
+    return folder
+
+
+def test_a_changed_byte_is_found_by_every_verb_that_opens_artifacts(
+    limbeck: Limbeck, changed: Path, model: Path, text_file: Path, out: Path
+) -> None:
+    words = ("model.onnx", "SHA-256", "do not deploy it")
+    assert_refused(limbeck("inspect", changed), 4, *words)
+    assert_refused(limbeck("build", changed, "--out", out), 4, *words)
+    validate = ("validate", changed, "--teacher", model, "--data", text_file, "--no-latency", "--out", out)
+    assert_refused(limbeck(*validate), 4, *words)
+
+
+def test_an_added_file_is_found(limbeck: Limbeck, artifact: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(artifact, tmp_path / "added"))
+    (folder / "extra.py").touch()
+    assert_refused(limbeck("inspect", folder), 4, "extra.py", "manifest does not list")
+
+
+def test_a_manifest_from_the_future(limbeck: Limbeck, artifact: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(artifact, tmp_path / "newer"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
+    assert_refused(limbeck("inspect", folder), 4, "schema version 99", "Upgrade limbeck")
+
+
+def test_a_checkpoint_is_no_artifact(limbeck: Limbeck, model: Path, out: Path) -> None:
+    assert_refused(limbeck("build", model, "--out", out), 4, str(model), "not a limbeck artifact", "limbeck export")
+
+
+def test_too_few_texts_to_validate_on(
+    limbeck: Limbeck, artifact: Path, model: Path, text_file: Path, out: Path
+) -> None:
+    few = ("--data", text_file, "--samples", 3, "--no-latency")
+    refused = limbeck("validate", artifact, "--teacher", model, *few, "--out", out)
+    assert_refused(refused, 4, "3 texts to validate on", "at least 4")
+
+
+# options
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("exprot",), "Did you mean 'export'?"),
+        (("export", "MODEL", "--out", "OUT"), "Missing option '--backend'"),
+        (("export", "MODEL", "--backnd", "onnx", "--out", "OUT"), "'--backend'"),
+        (("export", "MODEL", "--backend", "onnx", "--max-batch", "0", "--out", "OUT"), "--max-batch"),
+        (("distill", "MODEL", "--data", "DATA", "--out", "OUT"), "--layers N"),
+        (("distill", "MODEL", "--data", "DATA", "--layers", "9", "--out", "OUT"), "choose 1 to 2"),
+        (("distill", "MODEL", "--data", "DATA", "--layers", "two", "--out", "OUT"), "0,2,5"),
+        (("distill", "MODEL", "--data", "DATA", "--layers", "1", "--objective", "mse=1", "--out", "OUT"), "hidden-mse"),
+        (("distill", "MODEL", "--data", "DATA", "--layers", "1", "--objective", "mse", "--out", "OUT"), "NAME=VALUE"),
+        (("prune", "MODEL", "--out", "OUT"), "--structure ffn --keep 0.5, or --pattern 2:4"),
+        (("prune", "MODEL", "--structure", "ffn", "--keep", "2", "--out", "OUT"), "more than 0 and at most 1"),
+        (("prune", "MODEL", "--structure", "heads", "--keep", "0.5", "--out", "OUT"), "'ffn'"),
+        (("bench", "MODEL", "--against", "MODEL"), "same name"),
+    ],
+)
+def test_options_that_are_wrong(
+    words: tuple[str, ...], said: str, limbeck: Limbeck, model: Path, text_file: Path, out: Path
+) -> None:
+    given = {"MODEL": str(model), "DATA": str(text_file), "OUT": str(out)}
+    assert_refused(limbeck(*(given.get(word, word) for word in words)), 2, said)
+
+
+def test_gates_that_are_no_gates(limbeck: Limbeck, tmp_path: Path) -> None:
+    (tmp_path / "gates.yaml").write_text("gates:\n  - {metrc: spearman, min: 0.5}\n")
+    refused = limbeck("gate", tmp_path, "--gates", tmp_path / "gates.yaml")
+    assert_refused(refused, 4, "gates.yaml, line 2", "'metrc'", "metric")
+    assert_refused(limbeck("gate", tmp_path, "--gates", tmp_path / "none.yaml"), 4, "none.yaml does not exist")
+
+
+# the end of a process
+
+
+def start(*words: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "limbeck", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd="/",
+    )
+
+
+def stop_once(process: subprocess.Popen[str], seen: str, how: signal.Signals) -> str:
+    """Send a signal when standard error says `seen`; what it says after."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if seen in line:
+            process.send_signal(how)
+            break
+    return process.communicate(timeout=60)[1]
+
+
+RECIPE = """
+name: interrupted
+teacher: {teacher}
+task: sentence-similarity
+data: {{train: {data}, validation: {data}}}
+stages:
+  - {{name: student, distill: {{layers: 1, max_steps: 1}}}}
+exports:
+  - {{name: onnx, start: student, backend: onnx}}
+"""
+
+
+def test_ctrl_c_removes_what_was_staged_and_keeps_earlier_stages(model: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(teacher=model, data=text_file))
+    process = start("run", recipe, "--out", tmp_path / "run")
+    said = stop_once(process, "[onnx] tracing the graph", signal.SIGINT)
+    assert process.returncode == 130
+    assert "Interrupted." in said
+    assert "Traceback" not in said
+    assert [path.name.rpartition("-")[0] for path in (tmp_path / "run").iterdir()] == ["student"]
+
+
+def test_a_killed_training_leaves_nothing(model: Path, text_file: Path, out: Path) -> None:
+    words = ("distill", model, "--data", text_file, "--layers", 1, "--epochs", 100_000, "--out", out)
+    process = start(*words)
+    said = stop_once(process, "distilling", signal.SIGTERM)
+    assert process.returncode == 130
+    assert "Interrupted." in said
+
+
+def test_a_reader_that_leaves_changes_nothing(limbeck: Limbeck, model: Path) -> None:
+    """`limbeck inspect model --json | head -1`"""
+    process = start("inspect", model, "--json")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr.read().count("Error") == 0
+
+
+def test_a_defect_of_ours_is_reported_to_a_file(
+    limbeck: Limbeck, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path) -> None:
+        raise ZeroDivisionError("a defect")
+
+    (tmp_path / "gates.yaml").touch()
+    monkeypatch.setattr(gates, "load_gates", broken)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    failed = limbeck("gate", tmp_path, "--gates", tmp_path / "gates.yaml")
+    assert_refused(failed, 70, "ZeroDivisionError", "please report it")
+    (filed,) = tmp_path.glob("limbeck-defect-*.txt")
+    assert str(filed) in failed.err
+    content = filed.read_text()
+    assert "Traceback" in content and "versions:" in content
+
+
+def test_an_error_is_quick(limbeck: Limbeck, model: Path, out: Path) -> None:
+    """What can be seen without a model is said before one is loaded."""
+    started = time.monotonic()
+    assert export(limbeck, model, out, "--precision", "bf16").code == 2
+    assert time.monotonic() - started < 1
