@@ -33,7 +33,8 @@ COMPILE_PROPERTIES: dict[Precision, dict[str, str]] = {
     "fp32": {"INFERENCE_PRECISION_HINT": "f32"},
     "fp16": {"INFERENCE_PRECISION_HINT": "f16"},
     "bf16": {"INFERENCE_PRECISION_HINT": "bf16"},
-    "int8": {"INFERENCE_PRECISION_HINT": "f32"},
+    # What is not quantised (softmax, norms): bf16 where the CPU has it; elsewhere the plug-in takes f32.
+    "int8": {"INFERENCE_PRECISION_HINT": "bf16"},
     "native": {},
 }
 

@@ -18,7 +18,8 @@ import limbeck, limbeck.validate.rendering as rendering
 from limbeck.validate.report import Report
 recipe = load_recipe(RECIPE_FOLDER / "quickstart.yaml")
 sources = Sources(RECIPE_FOLDER)
-assert all(open(sources.data(name), "rb").read(2) == b"\\x1f\\x8b" for name in (recipe.data.train, recipe.data.validation))
+texts = [sources.data(name) for name in (recipe.data.train, recipe.data.validation)]
+assert all(open(text, "rb").read(2) == b"\\x1f\\x8b" for text in texts)
 report = Report(kind="run", title="smoke", created="2026-01-01T00:00:00+00:00", command="")
 assert "smoke" in rendering.render_html(report)
 print(limbeck.__file__)

@@ -221,7 +221,8 @@ def raise_for_verdict(report: Report) -> None:
 
 
 def _said(result: GateResult) -> str:
-    return f"{result.gate.metric} of {result.candidate}: {result.reason}"
+    """Its name: what was observed stands in the table above the error, and in the report."""
+    return f"{result.gate.metric} of {result.candidate}."
 
 
 def _counted(lines: list[str]) -> str:

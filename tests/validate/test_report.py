@@ -62,7 +62,12 @@ def reports(draw: st.DrawFn) -> Report:
     candidates = st.builds(
         candidate, name=WORDS, metrics=st.lists(metrics, max_size=2), checks=st.lists(checks, max_size=2)
     )
-    steps = st.builds(Step, verb=WORDS, method=WORDS, settings=st.dictionaries(WORDS, WORDS | st.integers()))
+    steps = st.builds(
+        Step,
+        verb=st.sampled_from(["distill", "prune"]),
+        method=WORDS,
+        settings=st.dictionaries(WORDS, WORDS | st.integers()),
+    )
     return report(
         teacher=draw(st.none() | candidates),
         candidates=draw(st.lists(candidates, max_size=2)),

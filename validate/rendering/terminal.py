@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +19,7 @@ _STYLES: dict[Verdict | None, str] = {
     "inconclusive": "bold yellow",
     None: "bold",
 }
+_NAME_WIDTH = 20
 # a terminal obeys these: a name in a report could otherwise recolour it, or rewrite what was printed
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -26,7 +27,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def render_table(report: Report) -> RenderableType:
     """What `limbeck validate`, `bench` and `gate` print. The verdict is coloured, and a word as well. Text from the
     report is never read as rich markup, nor as a terminal's control codes."""
-    parts: list[RenderableType] = [_candidates(report)] if report.measured else []
+    parts: list[RenderableType] = [_Candidates(report)] if report.measured else []
     if report.gates:
         parts.append(_gates(report.gates))
     for candidate, check in report.checks():
@@ -45,11 +46,32 @@ def _verdict(verdict: Verdict | None) -> Text:
     return Text(f"{_ICONS[verdict]} {VERDICT_WORDS[verdict]}", style=_STYLES[verdict])
 
 
-def _candidates(report: Report) -> Table:
+class _Candidates:
+    """The candidate table at whatever width the terminal has: columns that matter less make room for the others."""
+
+    _FIRST_TO_GO = ("Peak memory", "p99", "ECE", "Size", "Energy")
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown = columns(self._report)
+        for title in self._FIRST_TO_GO:
+            if _NAME_WIDTH + sum(map(_width, shown)) > options.max_width:
+                shown = [column for column in shown if column.title != title]
+        yield _candidates(self._report, shown)
+
+
+def _width(column: Column) -> int:
+    """What a column needs: its longest word (headings wrap between words) and two spaces."""
+    words = [*column.heading.split(), *(figure.text for figure in column.figures if figure)]
+    return max(map(len, words)) + 2
+
+
+def _candidates(report: Report, shown: list[Column]) -> Table:
     """Without intervals, which need the width of a page; the gates under it name those that decide."""
     table = Table(title=_text(report.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("Candidate", overflow="fold", min_width=18)
-    shown = columns(report)
     for column in shown:
         table.add_column(_text(column.heading), justify="right")
     for index, candidate in enumerate(report.measured):
