@@ -10,14 +10,11 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+# `distill`, `prune` and `validate` are rooms; their verbs are imported from `limbeck.recipes.steps`.
 _LAZY = {
     "LimbeckError": ".errors",
     "load_checkpoint": ".models.checkpoint",
-    "read_data": ".models.data",
-    "distill": ".recipes.steps",
-    "prune": ".recipes.steps",
     "export": ".recipes.steps",
-    "validate": ".recipes.steps",
     "load_runner": ".backends.registry",
     "load_report": ".validate.report",
 }

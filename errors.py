@@ -51,6 +51,12 @@ class IntegrityError(InputError):
     """An artifact whose files are not those its manifest lists."""
 
 
+class DiskFull(LimbeckError):
+    """No room left for what was being written; what was staged has been removed."""
+
+    exit_code = 4
+
+
 class GateInconclusive(LimbeckError):
     """A gate cannot be decided with the examples at hand."""
 

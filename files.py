@@ -14,17 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, LimbeckError, UsageError
+from .errors import DiskFull, InputError, LimbeckError, UsageError
 
 _STAGING = ".staging-"
 _REPLACED = ".replaced-"
 _NO_ROOM = 1 << 20  # bytes: less than this is a full disk to whatever failed to write there
-
-
-class DiskFull(LimbeckError):
-    """No room left for what was being written; what was staged has been removed."""
-
-    exit_code = 4
 
 
 def _siblings(target: Path, kind: str) -> list[Path]:

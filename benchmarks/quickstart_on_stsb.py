@@ -13,9 +13,10 @@ import argparse
 import os
 from pathlib import Path
 
-from limbeck import load_checkpoint, validate
+from limbeck.models.checkpoint import load_checkpoint
 from limbeck.recipes.schema import load_recipe
 from limbeck.recipes.sources import RECIPE_FOLDER, Sources
+from limbeck.recipes.steps import validate
 
 STSB = "stsb_en/validation.jsonl.gz"
 

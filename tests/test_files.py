@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limbeck.errors import InputError, UsageError
+from limbeck.errors import DiskFull, InputError, UsageError
 from limbeck.files import (
-    DiskFull,
     check_output_folder,
     files_below,
     path_inside,

@@ -116,3 +116,11 @@ def test_extras_are_exact_where_the_demo_needs_it_and_all_holds_the_others(proje
     (everything,) = extras["all"]
     named = everything.removeprefix("limbeck[").removesuffix("]").split(",")
     assert set(named) == set(extras) - {"all", "dev"}
+
+
+def test_lazy_names_resolve_and_none_of_them_is_a_room() -> None:
+    import limbeck
+
+    for name in limbeck.__all__:
+        assert getattr(limbeck, name) is not None
+        assert not (ROOT / name).is_dir(), f"{name} is a package: importing it would hide the function"
