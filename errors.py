@@ -7,6 +7,9 @@ defect of ours (exit code 70).
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 EXIT_OK = 0
 EXIT_DEFECT = 70
 EXIT_INTERRUPTED = 130
@@ -67,3 +70,9 @@ class ExportMismatch(LimbeckError):
     """An exported program does not compute what its model computes."""
 
     exit_code = 6
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'onnx'?` where one of the known names is near, else nothing: the end of a message."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""

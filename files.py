@@ -12,9 +12,13 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from .errors import DiskFull, InputError, LimbeckError, UsageError
+
+Document = TypeVar("Document", bound=BaseModel)
 
 _STAGING = ".staging-"
 _REPLACED = ".replaced-"
@@ -155,6 +159,24 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} does not exist.") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {error}.") from error
+
+
+def read_document(path: Path, model: type[Document], newest: int) -> Document:
+    """Read a JSON document of ours, which says its `schema_version`.
+
+    Raises:
+        InputError: missing, malformed, or of a schema newer than `newest`.
+    """
+    value = read_json(path)
+    version = value.get("schema_version", 0) if isinstance(value, dict) else 0
+    if isinstance(version, int) and version > newest:
+        raise InputError(f"{path} has schema version {version}; this limbeck reads up to {newest}.", "Upgrade limbeck.")
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "its whole"
+        raise InputError(f"{path} is not a valid {model.__name__.lower()}: {where}: {first['msg']}.") from error
 
 
 def sha256_of_file(path: Path) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import BackendUnavailable, InputError, UsageError
+from ..errors import BackendUnavailable, InputError, UsageError, did_you_mean
 from .base import Availability, Backend, Runner
 
 if TYPE_CHECKING:
@@ -59,9 +58,9 @@ def get_backend(name: str) -> Backend:
     point = _entry_points().get(name)
     if point is None:
         known = backend_names()
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"There is no backend {name!r}; the backends are {', '.join(known)}.{meant}")
+        raise UsageError(
+            f"There is no backend {name!r}; the backends are {', '.join(known)}.{did_you_mean(name, known)}"
+        )
     try:
         loaded = point.load()
     except Exception as error:  # another package's code may raise anything when it is imported

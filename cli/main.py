@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..errors import EXIT_DEFECT, EXIT_INTERRUPTED, LimbeckError
+from ..errors import EXIT_DEFECT, EXIT_INTERRUPTED, LimbeckError, did_you_mean
 
 # Verb to its line in `limbeck --help`; each lives in the module of its name, as `command`.
 VERBS = {
@@ -47,11 +47,9 @@ class LazyGroup(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in VERBS and not args[0].startswith("-"):
-            import difflib
-
-            near = difflib.get_close_matches(args[0], VERBS, n=1)
-            meant = f" Did you mean {near[0]!r}?" if near else ""
-            raise click.UsageError(f"There is no command {args[0]!r}; there are {', '.join(VERBS)}.{meant}", ctx)
+            known = ", ".join(VERBS)
+            meant = did_you_mean(args[0], VERBS)
+            raise click.UsageError(f"There is no command {args[0]!r}; there are {known}.{meant}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

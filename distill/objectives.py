@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
@@ -10,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch.nn import functional
 
-from ..errors import UsageError
+from ..errors import UsageError, did_you_mean
 from ..models.batching import Batch
 from ..models.tasks import Task
 
@@ -135,9 +134,8 @@ def build_objectives(weights: Mapping[str, float], task: Task, has_labels: bool)
     built = []
     for name, weight in weights.items():
         if name not in OBJECTIVES:
-            near = difflib.get_close_matches(name, OBJECTIVES, n=1)
-            meant = f" Did you mean {near[0]!r}?" if near else ""
-            raise UsageError(f"There is no objective {name!r}; there are {', '.join(OBJECTIVES)}.{meant}")
+            known = ", ".join(OBJECTIVES)
+            raise UsageError(f"There is no objective {name!r}; there are {known}.{did_you_mean(name, OBJECTIVES)}")
         kind = OBJECTIVES[name]
         if task.name not in kind.tasks:
             fitting = ", ".join(other for other, known in OBJECTIVES.items() if task.name in known.tasks)

@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from .. import __version__
 from ..environment import cpu_facts, gpu_facts, versions
 from ..errors import InputError, IntegrityError
-from ..files import files_below, path_inside, read_json, sha256_of_file, sha256_of_json, total_size, write_json
+from ..files import files_below, path_inside, read_document, sha256_of_file, sha256_of_json, total_size, write_json
 from ..models.lineage import Lineage
 from .settings import ExportSettings
 
@@ -122,18 +122,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
     if not path.exists():
         raise InputError(f"{folder} is not a limbeck artifact: it has no {MANIFEST_FILE}.", "Make one: limbeck export.")
-    value = read_json(path)
-    version = value.get("schema_version", 0) if isinstance(value, Mapping) else 0
-    if isinstance(version, int) and version > MANIFEST_SCHEMA:
-        raise InputError(
-            f"{path} has schema version {version}; this limbeck reads up to {MANIFEST_SCHEMA}.", "Upgrade limbeck."
-        )
-    try:
-        return Manifest.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path} is not a valid manifest: {where}: {first['msg']}.") from error
+    return read_document(path, Manifest, MANIFEST_SCHEMA)
 
 
 def open_artifact(folder: Path) -> Manifest:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..environment import versions
-from ..errors import InputError, UsageError
-from ..files import read_json, write_json
+from ..errors import UsageError
+from ..files import read_document, write_json
 from .settings import ExportSettings, Precision, ShapeRange
 
 PLAN_FILE = "build.json"
@@ -85,19 +85,7 @@ class BuildPlan(BaseModel):
         Raises:
             InputError: missing, malformed, or of a newer schema.
         """
-        path = folder / PLAN_FILE
-        value = read_json(path)
-        version = value.get("schema_version", 0) if isinstance(value, dict) else 0
-        if isinstance(version, int) and version > PLAN_SCHEMA:
-            raise InputError(
-                f"{path} has schema version {version}; this limbeck reads up to {PLAN_SCHEMA}.", "Upgrade limbeck."
-            )
-        try:
-            return cls.model_validate(value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"{path} is not a valid build plan: {where}: {first['msg']}.") from error
+        return read_document(folder / PLAN_FILE, cls, PLAN_SCHEMA)
 
 
 def _profile(shapes: ShapeRange, longest: int) -> Profile:

@@ -20,7 +20,7 @@ from ..models.checkpoint import Checkpoint
 from .artifact import TensorSpec
 from .inputs import dynamic_shapes, sample_inputs
 from .node_scopes import module_of
-from .parameter_names import TRANSPOSED, ParameterNames
+from .parameter_names import ParameterNames
 from .program import ProgramWeight
 from .settings import ExportSettings
 
@@ -144,7 +144,7 @@ def _weight_of(name: str, value: Any, graph: Any) -> Iterator[ProgramWeight]:
         values = np.asarray(tensor.numpy(), dtype=np.float32)
         rounding = {"FLOAT16": _HALF_ROUNDING, "BFLOAT16": _BFLOAT16_ROUNDING}.get(tensor.dtype.name)
         step: np.ndarray | float = 0.0 if rounding is None else np.abs(values) * rounding + 2.0**-24
-        yield _in_parameter_layout(name, values, step)
+        yield ProgramWeight.of_constant(name, values, step)
 
 
 def _dequantized(name: str, values: np.ndarray, node: Any) -> ProgramWeight:
@@ -156,14 +156,7 @@ def _dequantized(name: str, values: np.ndarray, node: Any) -> ProgramWeight:
         shape[axis] = -1
         scale, zero_point = scale.reshape(shape), np.reshape(zero_point, shape)
     real = (values.astype(np.float32) - zero_point) * scale
-    return _in_parameter_layout(name, real, np.broadcast_to(scale / 2, real.shape))
-
-
-def _in_parameter_layout(name: str, values: np.ndarray, step: np.ndarray | float) -> ProgramWeight:
-    if name.endswith(TRANSPOSED):
-        turned = step.T if isinstance(step, np.ndarray) else step
-        return ProgramWeight(name.removesuffix(TRANSPOSED), values.T, turned)
-    return ProgramWeight(name, values, step)
+    return ProgramWeight.of_constant(name, real, np.broadcast_to(scale / 2, real.shape))
 
 
 def tensor_specs(values: Sequence[Any]) -> list[TensorSpec]:

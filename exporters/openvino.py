@@ -133,7 +133,7 @@ def read_weights(path: Path, module: nn.Module) -> Iterator[ProgramWeight]:
         kind = operation.get_type_name()
         if kind in ("Constant", "Convert") and name.removesuffix(TRANSPOSED) in parameters:
             values, step = _evaluate(operation)
-            yield _in_parameter_layout(name, values, step)
+            yield ProgramWeight.of_constant(name, values, step)
         elif kind in ("MatMul", "Gather") and name in owners:
             weight = operation.input_value(1 if kind == "MatMul" else 0).get_node()
             if weight.get_type_name() == "Multiply":
@@ -177,13 +177,6 @@ def _evaluate(node: Any) -> tuple[np.ndarray, np.ndarray | float]:
     if kind == "Subtract":
         return inputs[0][0] - inputs[1][0], inputs[0][1]
     raise InputError(f"The weight {node.get_friendly_name()} is stored in a way that cannot be audited ({kind}).")
-
-
-def _in_parameter_layout(name: str, values: np.ndarray, step: np.ndarray | float) -> ProgramWeight:
-    if name.endswith(TRANSPOSED):
-        turned = step.T if isinstance(step, np.ndarray) else step
-        return ProgramWeight(name.removesuffix(TRANSPOSED), values.T, turned)
-    return ProgramWeight(name, values, step)
 
 
 def tensor_specs(ports: Sequence[Any]) -> list[TensorSpec]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .artifact import SparseLayer, TensorSpec
+from .parameter_names import TRANSPOSED
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,13 @@ class ProgramWeight:
     name: str
     values: np.ndarray
     step: np.ndarray | float = 0.0
+
+    @classmethod
+    def of_constant(cls, name: str, values: np.ndarray, step: np.ndarray | float) -> ProgramWeight:
+        """The weight that a constant of this name holds, turned back where it holds the transpose."""
+        if not name.endswith(TRANSPOSED):
+            return cls(name, values, step)
+        return cls(name.removesuffix(TRANSPOSED), values.T, step.T if isinstance(step, np.ndarray) else step)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 import re
@@ -12,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, UsageError
+from ..errors import InputError, UsageError, did_you_mean
 from ..files import sha256_of_file
 
 if TYPE_CHECKING:
@@ -155,9 +154,7 @@ def _map_columns(
 
 
 def _no_column(source: str, column: str, present: Sequence[str]) -> str:
-    near = difflib.get_close_matches(column, present, n=1)
-    meant = f" Did you mean {near[0]!r}?" if near else ""
-    return f"{source} has no column {column!r}; it has {', '.join(present)}.{meant}"
+    return f"{source} has no column {column!r}; it has {', '.join(present)}.{did_you_mean(column, present)}"
 
 
 def _read_table(source: str) -> Dataset:

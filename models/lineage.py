@@ -6,11 +6,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .. import __version__
-from ..errors import InputError
-from ..files import read_json, write_json
+from ..files import read_document, write_json
 from .data import Data
 
 LINEAGE_FILE = "lineage.json"
@@ -109,15 +108,4 @@ class Lineage(BaseModel):
             InputError: the file is malformed, or written by a newer limbeck.
         """
         path = folder / LINEAGE_FILE
-        if not path.exists():
-            return None
-        value = read_json(path)
-        version = value.get("schema_version", 0) if isinstance(value, dict) else 0
-        if isinstance(version, int) and version > LINEAGE_SCHEMA:
-            raise InputError(
-                f"{path} has schema version {version}; this limbeck reads up to {LINEAGE_SCHEMA}.", "Upgrade limbeck."
-            )
-        try:
-            return cls.model_validate(value)
-        except ValidationError as error:
-            raise InputError(f"{path} is not a lineage that limbeck wrote: {error.errors()[0]['msg']}.") from error
+        return read_document(path, cls, LINEAGE_SCHEMA) if path.exists() else None

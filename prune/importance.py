@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..errors import InputError, UsageError
+from ..errors import InputError, UsageError, did_you_mean
 from ..models.anatomy import FfnBlock, Linear, anatomy_of, reduction_axis
 from ..models.batching import Batch, Examples, batches_by_length
 from ..models.checkpoint import Checkpoint
@@ -149,7 +148,6 @@ def get_importance(name: str) -> Importance:
         UsageError: there is no such importance; the message lists them.
     """
     if name not in IMPORTANCES:
-        near = difflib.get_close_matches(name, IMPORTANCES, n=1)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"There is no importance {name!r}; valid are {', '.join(IMPORTANCES)}.{meant}")
+        known = ", ".join(IMPORTANCES)
+        raise UsageError(f"There is no importance {name!r}; valid are {known}.{did_you_mean(name, IMPORTANCES)}")
     return IMPORTANCES[name]()

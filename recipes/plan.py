@@ -17,7 +17,6 @@ from ..models.data import Data
 from ..prune.settings import PruneSettings
 from ..validate.latency import BenchResult, BenchSettings, BenchSubject, bench, speedup
 from .progress import Progress
-from .runner import settings_of
 from .schema import Constraints, Export, Recipe
 from .steps import export, prune
 
@@ -65,7 +64,7 @@ def make_plan(recipe: Recipe, teacher: Checkpoint, data: Data, progress: Progres
             progress.say(f"drawing and compiling an untrained {wanted.name}")
             untrained = _untrained(recipe, wanted, teacher, progress)
             target = Path(folder) / wanted.name
-            settings = settings_of(wanted).model_copy(update={"calibration_samples": _CALIBRATION_ROWS})
+            settings = wanted.settings().model_copy(update={"calibration_samples": _CALIBRATION_ROWS})
             manifest = export(untrained, settings, target, calibration=data, progress=progress)
             costs = {"size_mb": artifact_size(target) / 1e6}
             if not manifest.is_kit and _needs_timing(recipe, wanted):

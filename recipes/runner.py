@@ -21,7 +21,6 @@ from .sources import Sources, fingerprint_of
 
 if TYPE_CHECKING:
     from ..distill.trainer import TeacherCall
-    from ..exporters.settings import ExportSettings
     from ..models.checkpoint import Checkpoint
     from ..models.data import Data
 
@@ -81,7 +80,7 @@ class RecipeRun:
         """What cannot work is said before anything is trained: a backend that is not here, data without its columns."""
         for export in self.recipe.exports:
             if not folders[export.name].exists():
-                backend_for(settings_of(export))
+                backend_for(export.settings())
         if not all(folders[stage.name].exists() for stage in self.recipe.stages):
             for which in ("train", "validation", "calibration"):
                 self._data(which)
@@ -157,7 +156,7 @@ class RecipeRun:
 
         checkpoint = self._checkpoint(export.start, folders)
         export_checkpoint(
-            checkpoint, settings_of(export), folder, calibration=self._data("calibration"), progress=self.progress
+            checkpoint, export.settings(), folder, calibration=self._data("calibration"), progress=self.progress
         )
 
     def _measure(self, folders: Mapping[str, Path], folder: Path) -> None:
@@ -222,10 +221,3 @@ class RecipeRun:
             teacher = self._checkpoint("teacher", {})
             self._loaded[which] = teacher.read(self._sources.data(source[which]), data.columns)
         return self._loaded[which]  # type: ignore[no-any-return]
-
-
-def settings_of(export: Export) -> ExportSettings:
-    """A recipe's export as the exporter's settings."""
-    from ..exporters.settings import ExportSettings
-
-    return ExportSettings(**export.model_dump(exclude={"name", "start", "baseline"}))

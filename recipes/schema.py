@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..distill.settings import DistillSettings
 from ..errors import InputError, UsageError
-from ..exporters.settings import Precision, ShapeRange
+from ..exporters.settings import ExportSettings, Precision, ShapeRange
 from ..prune.settings import PruneSettings
 from ..validate.report import Gate, describe_problems
 
@@ -62,6 +62,10 @@ class Export(_Part):
     shapes: ShapeRange = ShapeRange()
     calibration_samples: int = Field(300, ge=1)
     baseline: bool = False
+
+    def settings(self) -> ExportSettings:
+        """What the exporter is asked for."""
+        return ExportSettings(**self.model_dump(exclude={"name", "start", "baseline"}))
 
 
 class Constraints(_Part):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
-from ...errors import UsageError
+from ...errors import UsageError, did_you_mean
 from .base import Task
 from .language_modeling import FillMask, TextGeneration
 from .sentence_similarity import SentenceSimilarity
@@ -25,7 +23,5 @@ def get_task(name: str) -> Task:
         UsageError: there is no such task; the message lists them.
     """
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"There is no task {name!r}; the tasks are {', '.join(TASKS)}.{meant}")
+        raise UsageError(f"There is no task {name!r}; the tasks are {', '.join(TASKS)}.{did_you_mean(name, TASKS)}")
     return TASKS[name]()

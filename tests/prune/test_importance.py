@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from limbeck.errors import InputError, UsageError
 from limbeck.models.anatomy import ANATOMIES, anatomy_of, reduction_axis
 from limbeck.models.batching import Examples, pad
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint
-from limbeck.prune.importance import Calibration, get_importance
+from limbeck.prune.importance import IMPORTANCES, Calibration, get_importance
+from limbeck.prune.settings import PruneSettings
 
 TinyCheckpoint = Callable[..., Path]
 WriteRows = Callable[[Path, Iterable[dict[str, Any]]], Path]
@@ -156,3 +157,7 @@ def test_an_unknown_importance_is_named_with_those_that_are_known() -> None:
 def test_taylor_without_examples_is_refused(tiny_checkpoint: TinyCheckpoint) -> None:
     with pytest.raises(UsageError, match="examples"):
         get_importance("taylor").ffn_scores(load_checkpoint(tiny_checkpoint("bert")), None)
+
+
+def test_settings_name_every_importance() -> None:
+    assert set(get_args(PruneSettings.model_fields["method"].annotation)) == set(IMPORTANCES)

@@ -164,7 +164,6 @@ def test_a_share_outside_its_range_is_refused(keep: float, tiny_checkpoint: Tiny
         {"structure": "ffn"},
         {"pattern": "2:4", "keep": 0.5},
         {"pattern": "2:4", "method": "taylor"},
-        {"structure": "ffn", "keep": 0.5, "method": "tailor"},
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(chosen: dict[str, Any]) -> None:

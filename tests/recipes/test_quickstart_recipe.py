@@ -10,7 +10,6 @@ import pytest
 from limbeck.backends.registry import get_backend
 from limbeck.models.data import Field, read_data
 from limbeck.models.tasks import get_task
-from limbeck.recipes.runner import settings_of
 from limbeck.recipes.schema import Recipe, load_recipe
 from limbeck.recipes.sources import RECIPE_FOLDER, Sources
 
@@ -44,7 +43,7 @@ def test_its_teacher_comes_in_the_package_of_the_demo(recipe: Recipe) -> None:
 def test_its_task_and_backends_exist(recipe: Recipe) -> None:
     assert get_task(recipe.task).name == recipe.task
     for export in recipe.exports:
-        settings = settings_of(export)
+        settings = export.settings()
         backend = get_backend(settings.backend)
         assert settings.precision in backend.precisions
         assert settings.sparsity is None or settings.sparsity in backend.sparsities
