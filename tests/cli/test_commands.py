@@ -225,7 +225,7 @@ def test_gate_fails(report: Path, gates: Any, limbeck: Limbeck) -> None:
     shown = limbeck("gate", report / "report.json", "--gates", gates("hard", "min: 1.5"), "--json")
     assert shown.code == 1
     assert json.loads(shown.out)["verdict"] == "fail"
-    assert "is not at least 1.5" in shown.err
+    assert "is not at least 1.5" in shown.out
 
 
 def test_gate_cannot_decide(report: Path, gates: Any, limbeck: Limbeck) -> None:
@@ -234,7 +234,7 @@ def test_gate_cannot_decide(report: Path, gates: Any, limbeck: Limbeck) -> None:
     limit = (found.low + found.value) / 2
     shown = limbeck("gate", report, "--gates", gates("near", f"candidate: onnx, min: {limit}"))
     assert shown.code == 5
-    assert "may or may not be" in shown.err
+    assert "may or may not be" in shown.out
 
 
 def test_bench_as_json(onnx: Path, teacher: Path, limbeck: Limbeck) -> None:

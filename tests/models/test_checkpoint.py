@@ -179,9 +179,9 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "history of something else": (
         lambda folder: edit_json(folder / "lineage.json", steps="none"),
-        "is not a lineage that limbeck wrote",
+        "is not a valid lineage: origin",
     ),
-    "history is a list": (lambda folder: (folder / "lineage.json").write_text("[]"), "is not a lineage"),
+    "history is a list": (lambda folder: (folder / "lineage.json").write_text("[]"), "is not a valid lineage"),
     "no tokenizer": (
         lambda folder: [path.unlink() for path in folder.glob("token*")],
         "no tokenizer that loads",
