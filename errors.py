@@ -76,3 +76,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'onnx'?` where one of the known names is near, else nothing: the end of a message."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library said, cut to a line; its kind where it said nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

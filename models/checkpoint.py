@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..files import read_json, staged_folder, write_json
 from .batching import Batch
 from .data import Data, read_data
@@ -256,9 +256,7 @@ def _load_model(folder: Path, task: Task, config: Mapping[str, Any], trust_remot
             output_loading_info=True,
         )
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"{folder} could not be loaded for {task.name}: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise InputError(f"{folder} could not be loaded for {task.name}: {first_line(error)}") from error
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
     if missing or report["mismatched_keys"]:
         architectures = ", ".join(config.get("architectures") or ["unknown"])
@@ -281,7 +279,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the Rust library raises bare exceptions
-        raise InputError(f"{folder} has no tokenizer that loads: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"{folder} has no tokenizer that loads: {first_line(error)}") from error
     if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids)):  # what transformers makes up without files
         raise InputError(f"{folder} has no tokenizer that loads: no vocabulary.", "Copy the tokenizer's files into it.")
     return tokenizer

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, UsageError, did_you_mean
+from ..errors import InputError, UsageError, did_you_mean, first_line
 from ..files import sha256_of_file
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def _read_file(path: Path) -> Dataset:
         if "corresponds to no data" in str(error):  # a header and nothing below it
             raise InputError(f"{path} has no rows.", _ONE_ROW) from error
         cause = error.__cause__ or error
-        raise InputError(f"{path} could not be read as {reader}: {_first_line(cause)}") from error
+        raise InputError(f"{path} could not be read as {reader}: {first_line(cause)}") from error
 
 
 def _read_folder(path: Path) -> Dataset:
@@ -207,7 +207,7 @@ def _read_folder(path: Path) -> Dataset:
             return _one_split(saved, str(path), None)
         return _one_split(datasets.load_dataset(str(path)), str(path), None)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise InputError(f"{path} is not a Hugging Face data set folder: {_first_line(error)}") from error
+        raise InputError(f"{path} is not a Hugging Face data set folder: {first_line(error)}") from error
 
 
 def _read_hub(source: str) -> Dataset:
@@ -218,7 +218,7 @@ def _read_hub(source: str) -> Dataset:
         return _one_split(datasets.load_dataset(name), source, split or None)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise InputError(
-            f"{source} is neither a file here nor a data set that could be had from the hub: {_first_line(error)}"
+            f"{source} is neither a file here nor a data set that could be had from the hub: {first_line(error)}"
         ) from error
 
 
@@ -231,7 +231,3 @@ def _one_split(loaded: Any, source: str, split: str | None) -> Dataset:
     if split not in names:
         raise InputError(f"{source} has the splits {', '.join(names)}.", f"Name one: {source}:{names[0]}.")
     return loaded[split]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
