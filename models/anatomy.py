@@ -86,6 +86,19 @@ class Anatomy:
     """The configuration's name for the number of layers; `heads` and `ffn_width` likewise."""
     heads: str = "num_attention_heads"
     ffn_width: str = "intermediate_size"
+    key_value_heads: str | None = None
+    """The configuration's name for the number of key-value heads, in families where several heads may share one."""
+    head_size: str | None = None
+    """The configuration's name for the channels of a head; without one it is width / heads."""
+    rotary: bool = False
+    """Positions are rotated into queries and keys, each channel at the speed of its place in the head."""
+    relative_bias: str | None = None
+    """The table [distances, heads] that adds to all layers' attention scores, named as `layer_list` is."""
+
+    @property
+    def attention(self) -> str:
+        """The module that computes attention: it holds the query's projection."""
+        return (self.query or self.qkv or "").rpartition(".")[0]
 
     def layers(self, model: PreTrainedModel) -> nn.ModuleList:
         """The list of layers itself, of a bare model or of one with a head."""
@@ -94,10 +107,23 @@ class Anatomy:
             raise InputError(f"{type(model).__name__} has no list of layers at {self.layer_list}.")
         return layers
 
+    def prefix(self, model: PreTrainedModel) -> str:
+        """What stands before the names of the model without its head in the state dict: `bert.`, or nothing."""
+        return "" if model.base_model is model else f"{model.base_model_prefix}."
+
     def layers_name(self, model: PreTrainedModel) -> str:
         """The qualified name of the list of layers, as it stands in the model's state dict."""
-        bare = model.base_model is model
-        return self.layer_list if bare else f"{model.base_model_prefix}.{self.layer_list}"
+        return f"{self.prefix(model)}{self.layer_list}"
+
+    def head_size_of(self, model: PreTrainedModel) -> int:
+        """Channels of one attention head."""
+        output = _linear(self.layers(model)[0], self.output)
+        return in_features(output) // int(getattr(model.config, self.heads))
+
+    def heads_per_group(self, model: PreTrainedModel) -> int:
+        """Query heads that share one key-value head; 1 where none do."""
+        heads = int(getattr(model.config, self.heads))
+        return heads // int(getattr(model.config, self.key_value_heads)) if self.key_value_heads else 1
 
     def ffn(self, model: PreTrainedModel) -> list[FfnBlock]:
         """The feed-forward block of every layer, first layer first."""
@@ -151,6 +177,7 @@ _MPNET = replace(
     value="attention.attn.v",
     output="attention.attn.o",
     norms=("attention.LayerNorm", "output.LayerNorm"),
+    relative_bias="encoder.relative_attention_bias",
 )
 _DISTILBERT = Anatomy(
     family="distilbert",
@@ -173,6 +200,7 @@ _MODERNBERT = Anatomy(
     down="mlp.Wo",
     norms=("attn_norm", "mlp_norm"),  # the first layer's attn_norm is an identity
     fused_gate=True,
+    rotary=True,
 )
 _GPT2 = Anatomy(
     family="gpt2",
@@ -196,6 +224,9 @@ _LLAMA = Anatomy(
     gate="mlp.gate_proj",
     down="mlp.down_proj",
     norms=("input_layernorm", "post_attention_layernorm"),
+    key_value_heads="num_key_value_heads",
+    head_size="head_dim",
+    rotary=True,
 )
 _QWEN3 = replace(_LLAMA, family="qwen3", norms=(*_LLAMA.norms, "self_attn.q_norm", "self_attn.k_norm"))
 

@@ -34,6 +34,8 @@ class Examples:
 
     features: list[Feature]
     references: np.ndarray | None = None
+    pairs: bool = False
+    """Features are pairs of texts: all first ones, then all second ones in the same order."""
 
     def __len__(self) -> int:
         return len(self.features)
@@ -49,11 +51,13 @@ def pad(features: Sequence[Feature], tokenizer: PreTrainedTokenizerBase) -> Batc
     fill = {"input_ids": padding_id(tokenizer), "labels": IGNORED_LABEL}
     batch: Batch = {}
     for name in features[0]:
-        if isinstance(features[0][name], int | float):  # one label an example
+        if np.ndim(features[0][name]) == 0:  # one label an example
             batch[name] = torch.tensor([feature[name] for feature in features])
             continue
-        rows = [list(feature[name]) + [fill.get(name, 0)] * (longest - len(feature[name])) for feature in features]
-        batch[name] = torch.tensor(rows, dtype=torch.int64)
+        rows = np.full((len(features), longest), fill.get(name, 0), dtype=np.int64)
+        for row, feature in zip(rows, features, strict=True):
+            row[: len(feature[name])] = feature[name]
+        batch[name] = torch.from_numpy(rows)
     return batch
 
 

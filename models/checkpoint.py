@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import InputError, first_line
-from ..files import read_json, staged_folder, write_json
+from ..files import read_json, staged_folder, write_json, write_text
 from .batching import Batch
 from .data import Data, read_data
 from .embedding import MODULES_FILE, Pooling, read_pooling
-from .lineage import TRAINING_ROWS_FILE, Lineage, Step
+from .features import FeatureRecorder
+from .lineage import TRACE_FILE, TRAINING_ROWS_FILE, Lineage, Step, trace_lines
 from .tasks import TASKS, Task, get_task
 
 if TYPE_CHECKING:
@@ -48,11 +49,18 @@ class Checkpoint:
     pooling: Pooling = field(default_factory=Pooling)
     training_rows: Mapping[str, list[str]] = field(default_factory=dict)
     """Data fingerprint to row hashes: every row that any step has trained on."""
+    recorded: tuple[str, ...] = ()
+    """Features (see `models/features.py`) that the module returns beside its outputs."""
 
     @cached_property
     def module(self) -> nn.Module:
         """The model with the head of its task, in evaluation mode."""
-        return self.task.module(self.model, self.pooling).eval()
+        module = self.task.module(self.model, self.pooling)
+        return (FeatureRecorder(module, self.model, self.recorded) if self.recorded else module).eval()
+
+    def recording(self, features: Iterable[str]) -> Checkpoint:
+        """The same model, whose module also returns these features."""
+        return replace(self, recorded=tuple(features))
 
     @property
     def max_length(self) -> int:
@@ -82,9 +90,11 @@ class Checkpoint:
     @torch.inference_mode()
     def run(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The eager reference: named outputs of a batch as float32 arrays."""
-        outputs = self.module(**self.model_inputs(batch), **self.task.forward_flags())
-        named = (self.task.output, "last_hidden_state")
-        return {name: outputs[name].float().numpy() for name in named if name in outputs}
+        device = self.model.device
+        inputs = {name: value.to(device) for name, value in self.model_inputs(batch).items()}
+        outputs = self.module(**inputs, **self.task.forward_flags())
+        named = (self.task.output, *self.recorded)
+        return {name: outputs[name].float().cpu().numpy() for name in named if name in outputs}
 
     def after(self, model: PreTrainedModel, step: Step, data: Data | None = None) -> Checkpoint:
         """This checkpoint with a changed model and one more step of history; its hash is that of the new weights."""
@@ -109,6 +119,8 @@ class Checkpoint:
             self.model.save_pretrained(staging)
             self.tokenizer.save_pretrained(staging)
             self.lineage.save(staging)
+            if traced := "".join(f"{json.dumps(line)}\n" for line in trace_lines(self.lineage)):
+                write_text(staging / TRACE_FILE, traced)
             if self.training_rows:
                 write_json(staging / TRAINING_ROWS_FILE, dict(self.training_rows))
             if self.task.name == "sentence-similarity":

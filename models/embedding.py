@@ -79,8 +79,6 @@ class SentenceEmbedder(nn.Module):
             setattr(encoder, "pooler", None)  # noqa: B010  # mypy knows modules and tensors only
         self.encoder = encoder
         self.pooling = pooling
-        self.keep_hidden = False
-        """Return the token vectors (`last_hidden_state`) too: distillation can match them, an artifact has no use."""
 
     @property
     def config(self) -> Any:
@@ -93,8 +91,7 @@ class SentenceEmbedder(nn.Module):
         embedding = pool(hidden, attention_mask, self.pooling.mode)
         if self.pooling.normalize:
             embedding = nn.functional.normalize(embedding.float(), dim=-1).to(hidden.dtype)
-        outputs = {"sentence_embedding": embedding}
-        return {**outputs, "last_hidden_state": hidden} if self.keep_hidden else outputs
+        return {"sentence_embedding": embedding}
 
 
 def pool(hidden: torch.Tensor, attention_mask: torch.Tensor, mode: str) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -14,6 +16,7 @@ from .data import Data
 
 LINEAGE_FILE = "lineage.json"
 TRAINING_ROWS_FILE = "training_rows.json"
+TRACE_FILE = "trace.jsonl"
 LINEAGE_SCHEMA = 1
 
 
@@ -31,6 +34,23 @@ class Curve(BaseModel):
     def _equally_long(self) -> Self:
         if len(self.steps) != len(self.values):
             raise ValueError(f"the curve {self.name} has {len(self.steps)} steps and {len(self.values)} values")
+        return self
+
+
+class LayerSimilarity(BaseModel):
+    """How alike the layers of student and teacher were (linear CKA, 0 to 1) before and after training: one row a
+    student layer, one column a teacher layer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+    before: list[list[float]] = Field(min_length=1)
+    after: list[list[float]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _of_the_same_layers(self) -> Self:
+        columns = {len(row) for matrix in (self.before, self.after) for row in matrix}
+        if len(columns) != 1 or columns == {0} or len(self.before) != len(self.after):
+            raise ValueError("the similarities before and after must be of the same layers, one row a student layer")
         return self
 
 
@@ -76,6 +96,7 @@ class Step(BaseModel):
     seconds: float | None = None
     curves: list[Curve] = Field(default_factory=list)
     widths: list[LayerWidths] = Field(default_factory=list)
+    similarity: LayerSimilarity | None = None
     note: str | None = None
     limbeck: str = __version__
     finished: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -109,3 +130,22 @@ class Lineage(BaseModel):
         """
         path = folder / LINEAGE_FILE
         return read_document(path, cls, LINEAGE_SCHEMA) if path.exists() else None
+
+
+def trace_lines(lineage: Lineage) -> Iterator[dict[str, Any]]:
+    """The rows of `trace.jsonl`, which plots and notebooks read: for every training step at which anything was traced
+    one object with `step` (position in the lineage, from 0), `method`, `training_step`, and each quantity under its
+    name. What is not finite is `"NaN"` or `"Infinity"`, as in `lineage.json`."""
+    for index, step in enumerate(lineage.steps):
+        points: dict[float, dict[str, Any]] = {}
+        for curve in step.curves:
+            for at, value in zip(curve.steps, curve.values, strict=True):
+                points.setdefault(at, {})[curve.name] = value if math.isfinite(value) else _name_of(value)
+        for at in sorted(points):
+            place = int(at) if at.is_integer() else at
+            yield {"step": index, "method": step.method, "training_step": place, **points[at]}
+
+
+def _name_of(value: float) -> str:
+    """JSON has no number for it."""
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

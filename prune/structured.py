@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
-import torch
-from torch import nn
-
 from ..errors import UsageError
-from ..models.anatomy import FfnBlock, Linear, anatomy_of, in_features, out_features, reduction_axis
+from ..models.anatomy import anatomy_of
 from ..models.batching import Examples
 from ..models.checkpoint import Checkpoint
 from ..models.lineage import LayerWidths
+from ..models.surgery import Selection, select, strongest
 from .importance import Calibration, Progress, get_importance
 from .result import PruneResult, check_finite
 
@@ -52,14 +48,10 @@ def prune_ffn(
     calibration = Calibration(examples, batch_size, seed, progress) if examples is not None else None
     scores = get_importance(importance).ffn_scores(checkpoint, calibration)
 
-    model = copy.deepcopy(checkpoint.model)
-    anatomy = anatomy_of(model)
-    blocks = anatomy.ffn(model)
+    blocks = anatomy_of(checkpoint.model).ffn(checkpoint.model)
     before = blocks[0].width
     after = kept_width(before, keep)
-    for block, score in zip(blocks, scores, strict=True):
-        keep_channels(block, strongest(score, after))
-    setattr(model.config, anatomy.ffn_width, after)
+    model = select(checkpoint.model, Selection(ffn=[strongest(score, after) for score in scores]))
     return PruneResult(
         model=model,
         method=f"ffn by {importance}",
@@ -84,42 +76,3 @@ def _rounding_note(before: int, keep: float, after: int) -> str:
     if abs(asked - after) < 1e-6:
         return f"{said}."
     return f"{said}: {asked:g} asked for, rounded to a multiple of {WIDTH_MULTIPLE} for the kernels' sake."
-
-
-def strongest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """The positions of the `count` highest scores [width], ascending, int64; of equal scores the first ones."""
-    order = torch.sort(scores, descending=True, stable=True).indices
-    return order[:count].sort().values
-
-
-@torch.no_grad()
-def keep_channels(block: FfnBlock, channels: torch.Tensor) -> None:
-    """Cut a feed-forward block in place down to these channels (int64 [kept], ascending)."""
-    width = block.width
-    # A fused matrix holds the gate's channels, then the up projection's: the same ones go from both halves.
-    rows = torch.cat([channels, channels + width]) if block.fused else channels
-    _select(block.up, rows, axis=1 - reduction_axis(block.up))
-    if block.gate is not None:
-        _select(block.gate, channels, axis=1 - reduction_axis(block.gate))
-    _select(block.down, channels, axis=reduction_axis(block.down))
-
-
-def _select(module: Linear, channels: torch.Tensor, axis: int) -> None:
-    channels = channels.to(module.weight.device)
-    module.weight = _cut(module.weight, channels, axis)
-    if axis != reduction_axis(module) and module.bias is not None:
-        module.bias = _cut(module.bias, channels, 0)
-    _update_sizes(module)
-
-
-def _cut(parameter: torch.Tensor, channels: torch.Tensor, axis: int) -> nn.Parameter:
-    kept = parameter.index_select(axis, channels).contiguous()
-    return nn.Parameter(kept, requires_grad=parameter.requires_grad)
-
-
-def _update_sizes(module: Linear) -> None:
-    """Let the sizes that the module keeps beside its weight follow the weight (Conv1D computes with `nf`)."""
-    if isinstance(module, nn.Linear):
-        module.in_features, module.out_features = in_features(module), out_features(module)
-    else:
-        module.nx, module.nf = in_features(module), out_features(module)

@@ -48,6 +48,16 @@ class Task(ABC):
             InputError: a label that the model does not have, or rows without text.
         """
 
+    def training_examples(
+        self, data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, config: PretrainedConfig
+    ) -> Examples:
+        """The rows as they are trained on, which for most tasks is how they are measured on (see `examples`)."""
+        return self.examples(data, tokenizer, max_length, config)
+
+    def at_epoch(self, feature: Feature, row: int, epoch: int, tokenizer: PreTrainedTokenizerBase) -> Feature:
+        """A training example as one epoch shows it: what is drawn at random is drawn here."""
+        return feature
+
     @abstractmethod
     def predictions(self, outputs: Mapping[str, np.ndarray], batch: Batch) -> dict[str, np.ndarray]:
         """What is kept of one batch's outputs, as arrays whose first axis is the batch."""
@@ -68,7 +78,8 @@ def texts_of(data: Data, field: str) -> list[str]:
     texts = data.values(field)
     if None in texts:
         raise InputError(
-            f"Row {texts.index(None) + 1} of {data.source} has no {field}.", "Fill it in, or drop the row."
+            f"Row {data.first_row + texts.index(None) + 1} of {data.source} has no {field}.",
+            "Fill it in, or drop the row.",
         )
     if not any(isinstance(text, str) for text in texts):
         raise InputError(
@@ -82,6 +93,24 @@ def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: i
     """Token ids of each text, cut at `max_length`, without padding."""
     encoded = tokenizer(texts, truncation=True, max_length=max_length, padding=False, return_attention_mask=True)
     return [{name: encoded[name][i] for name in encoded} for i in range(len(texts))]
+
+
+def has_content(ids: list[int], tokenizer: PreTrainedTokenizerBase, data: Data, row: int) -> bool:
+    """Whether a row of `data` has a token of its own, beside those that mark its ends: an empty text has none.
+
+    Raises:
+        InputError: the row holds padding and nothing else, which no cleaning of ours should hide.
+    """
+    ends = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id not in ends else None
+    if any(token not in ends and token != padding for token in ids):
+        return True
+    if padding in ids:
+        raise InputError(
+            f"Row {data.first_row + row + 1} of {data.source} is all padding: there is nothing in it to learn from.",
+            "Drop the row.",
+        )
+    return False
 
 
 def random_direction(output: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import nn
 from ...errors import InputError
 from ..batching import IGNORED_LABEL, Batch, Examples, Feature
 from ..data import Data, Field
-from .base import Task, texts_of, tokenize
+from .base import Task, has_content, texts_of, tokenize
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -48,7 +48,8 @@ class _LanguageModeling(Task):
 
 
 class FillMask(_LanguageModeling):
-    """Masks 15 % of each row's tokens, the same ones at every run, and scores only those."""
+    """Masks 15 % of each row's tokens, the same ones at every run, and scores only those; in training every epoch masks
+    others (as RoBERTa does: Liu et al. 2019)."""
 
     name = "fill-mask"
     auto_class = "AutoModelForMaskedLM"
@@ -56,16 +57,26 @@ class FillMask(_LanguageModeling):
     def examples(
         self, data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, config: PretrainedConfig
     ) -> Examples:
+        features = self.training_examples(data, tokenizer, max_length, config).features
+        return Examples([_masked(feature, i, tokenizer) for i, feature in enumerate(features)])
+
+    def training_examples(
+        self, data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, config: PretrainedConfig
+    ) -> Examples:
+        """The rows without masks, which `at_epoch` draws."""
         if tokenizer.mask_token_id is None:
             raise InputError("fill-mask needs a tokenizer with a mask token; this one has none.")
-        special = set(tokenizer.all_special_ids)
-        features = tokenize(texts_of(data, "text"), tokenizer, max_length)
-        return Examples([_masked(feature, i, tokenizer.mask_token_id, special) for i, feature in enumerate(features)])
+        return Examples(tokenize(texts_of(data, "text"), tokenizer, max_length))
+
+    def at_epoch(self, feature: Feature, row: int, epoch: int, tokenizer: PreTrainedTokenizerBase) -> Feature:
+        """Masks that depend on row and epoch alone: a run that is resumed draws the same."""
+        return _masked(feature, (epoch, row), tokenizer)
 
 
-def _masked(feature: Feature, seed: int, mask_id: int, special: set[int]) -> Feature:
-    ids = np.asarray(feature["input_ids"])
-    open_to_masking = np.flatnonzero([token not in special for token in ids])
+def _masked(feature: Feature, seed: int | tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> Feature:
+    mask_id = tokenizer.mask_token_id
+    ids = np.array(feature["input_ids"])
+    open_to_masking = np.flatnonzero(~np.isin(ids, tokenizer.all_special_ids))
     count = min(len(open_to_masking), max(1, round(MASKED_SHARE * len(open_to_masking))))
     chosen = np.random.default_rng(seed).choice(open_to_masking, size=count, replace=False)
     labels = np.full(len(ids), IGNORED_LABEL)
@@ -86,20 +97,35 @@ class TextGeneration(_LanguageModeling):
     def examples(
         self, data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, config: PretrainedConfig
     ) -> Examples:
-        features: list[Feature] = []
         encoded = tokenizer(texts_of(data, "text"), padding=False, verbose=False)["input_ids"]
-        for ids in encoded:
-            for start in range(0, len(ids), max_length):
-                window = ids[start : start + max_length]
-                if len(window) > 1:  # a single token predicts nothing
-                    features.append({"input_ids": window, "attention_mask": [1] * len(window), "labels": window})
+        features = [window for ids in encoded for window in _windows(ids, max_length)]
         if not features:
             raise InputError(f"{data.source} holds no text of at least two tokens.")
         return Examples(features)
 
+    def training_examples(
+        self, data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, config: PretrainedConfig
+    ) -> Examples:
+        """Packed: the rows' texts joined, each ended by the end token, and cut into windows of `max_length`, so that
+        nothing but the last window is shorter and no step is spent on padding. Texts see what stands before them in
+        their window, as in the training of GPT-3 (Brown et al. 2020). Rows of no token add none."""
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        joined: list[int] = []
+        for row, ids in enumerate(tokenizer(texts_of(data, "text"), padding=False, verbose=False)["input_ids"]):
+            if has_content(ids, tokenizer, data, row):
+                joined += ids if ids[-1:] == end else [*ids, *end]
+        return Examples(list(_windows(joined, max_length)))
+
     def _aligned(self, logits: Any, labels: Any) -> tuple[Any, Any]:
         """Position t predicts token t + 1."""
         return logits[:, :-1], labels[:, 1:]
+
+
+def _windows(ids: list[int], max_length: int) -> Iterator[Feature]:
+    for start in range(0, len(ids), max_length):
+        window = ids[start : start + max_length]
+        if len(window) > 1:  # a single token predicts nothing
+            yield {"input_ids": window, "attention_mask": [1] * len(window), "labels": window}
 
 
 def _logsumexp(values: np.ndarray) -> np.ndarray:

@@ -45,7 +45,7 @@ class SentenceSimilarity(Task):
         if data.has("sentence1") and data.has("sentence2"):
             texts = texts_of(data, "sentence1") + texts_of(data, "sentence2")
             scores = _scores(data) if data.has("score") else None
-            return Examples(tokenize(texts, tokenizer, max_length), scores)
+            return Examples(tokenize(texts, tokenizer, max_length), scores, pairs=True)
         if data.has("text"):
             return Examples(tokenize(texts_of(data, "text"), tokenizer, max_length))
         raise InputError(
@@ -62,7 +62,7 @@ class SentenceSimilarity(Task):
 
 def _scores(data: Data) -> np.ndarray:
     scores = []
-    for row, value in enumerate(data.values("score"), start=1):
+    for row, value in enumerate(data.values("score"), start=data.first_row + 1):
         try:
             scores.append(float(value))
         except (TypeError, ValueError) as error:

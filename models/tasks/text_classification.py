@@ -44,7 +44,7 @@ class TextClassification(Task):
             features = tokenize(texts, tokenizer, max_length)
         if not data.has("label"):
             return Examples(features)
-        labels = label_ids(data.values("label"), config, data.source)
+        labels = label_ids(data.values("label"), config, data)
         with_labels = [{**feature, "labels": label} for feature, label in zip(features, labels, strict=True)]
         return Examples(with_labels, np.asarray(labels))
 
@@ -57,19 +57,20 @@ class TextClassification(Task):
         return random_direction(outputs[self.output])
 
 
-def label_ids(labels: list[Any], config: PretrainedConfig, source: str) -> list[int]:
-    """Label ids of labels given as ids or as names.
+def label_ids(labels: list[Any], config: PretrainedConfig, data: Data, row: int | None = None) -> list[int]:
+    """Label ids of labels given as ids or as names: one a row of `data`, or all of them of one `row`.
 
     Raises:
         InputError: a label that the model does not have.
     """
     by_name = {str(name): int(index) for name, index in (config.label2id or {}).items()}
     ids = []
-    for row, label in enumerate(labels):
+    for place, label in enumerate(labels):
         index = by_name.get(str(label), label if isinstance(label, int) else None)
         if index is None or not 0 <= int(index) < int(config.num_labels or 0):
+            number = data.first_row + (place if row is None else row) + 1
             raise InputError(
-                f"Row {row + 1} of {source} has the label {label!r}; the model's labels are "
+                f"Row {number} of {data.source} has the label {label!r}; the model's labels are "
                 f"{', '.join(f'{index} ({name})' for name, index in by_name.items())}."
             )
         ids.append(int(index))

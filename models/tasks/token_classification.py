@@ -37,16 +37,18 @@ class TokenClassification(Task):
         if not tokenizer.is_fast:
             raise InputError(f"token-classification needs a fast tokenizer; {type(tokenizer).__name__} is a slow one.")
         words = data.values("tokens")
-        for row, value in enumerate(words, start=1):
+        for row, value in enumerate(words, start=data.first_row + 1):
             if not isinstance(value, list):
                 raise InputError(f"Row {row} of {data.source} has {value!r} as tokens, which is not a list of words.")
         encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length, padding=False)
         tags = data.values("tags") if data.has("tags") else None
         features: list[Feature] = []
         for i in range(len(words)):
-            ids = label_ids(tags[i], config, data.source) if tags is not None else [UNKNOWN_LABEL] * len(words[i])
+            ids = label_ids(tags[i], config, data, i) if tags is not None else [UNKNOWN_LABEL] * len(words[i])
             if len(ids) != len(words[i]):
-                raise InputError(f"Row {i + 1} of {data.source} has {len(words[i])} tokens and {len(ids)} tags.")
+                raise InputError(
+                    f"Row {data.first_row + i + 1} of {data.source} has {len(words[i])} tokens and {len(ids)} tags."
+                )
             labels = _first_token_labels(encoded.word_ids(i), ids)
             features.append({**{name: encoded[name][i] for name in encoded}, "labels": labels})
         references = np.concatenate([_scored(feature["labels"]) for feature in features]) if tags is not None else None

@@ -214,3 +214,22 @@ def test_the_fingerprint_heeds_the_order_of_rows(tmp_path: Path, write_jsonl: Ca
     backwards = read(write_jsonl(tmp_path / "b.jsonl", ROWS[::-1]))
     assert forwards.fingerprint != backwards.fingerprint
     assert sorted(forwards.row_hashes) == sorted(backwards.row_hashes)
+
+
+def test_rows_read_some_at_a_time_keep_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("limbeck.models.data._CHUNK", 2)
+    data = read(write(tmp_path / "rows.jsonl", ROWS))
+    chunks = list(data.chunks())
+    assert [(chunk.first_row, len(chunk)) for chunk in chunks] == [(0, 2), (2, 1)]
+    assert [value for chunk in chunks for value in chunk.values("label")] == [1, 0, 2]
+    assert [value for chunk in chunks for value in chunk.row_hashes] == data.row_hashes
+    assert [chunk.first_row for chunk in chunks[1].chunks()] == [2]
+
+
+def test_the_exact_hash_heeds_what_the_fingerprint_looks_past(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
+    plain = read(write_jsonl(tmp_path / "a.jsonl", ROWS))
+    shouted = read(write_jsonl(tmp_path / "b.jsonl", [{**row, "text": row["text"].upper()} for row in ROWS]))
+    relabelled = read(write_jsonl(tmp_path / "c.jsonl", [{**row, "label": 0} for row in ROWS]))
+    again = read(write(tmp_path / "d.parquet", ROWS))
+    assert plain.fingerprint == shouted.fingerprint == relabelled.fingerprint
+    assert len({data.exact_hash() for data in (plain, shouted, relabelled, again)}) == 3

@@ -262,6 +262,7 @@ class Rows:
     """Rows that need no file."""
 
     source = "rows"
+    first_row = 0
 
     def __init__(self, columns: dict[str, list[Any]]) -> None:
         self._columns = columns
