@@ -16,7 +16,7 @@ from ..models.checkpoint import Checkpoint, load_tokenizer
 from ..models.data import Data
 from .latency import BenchResult
 from .predictions import Predictions, Progress, predict
-from .quality import measure_quality
+from .quality import measure_quality, score
 from .report import Candidate, Check, Metric
 
 if TYPE_CHECKING:
@@ -35,11 +35,19 @@ class Standard:
     data: Data
     references: np.ndarray | None
     predictions: Predictions
+    pairs: bool = False
+    """The examples are pairs of texts."""
 
     @property
     def data_name(self) -> str:
         """The data set's name in the report."""
         return Path(self.data.source).name
+
+    @property
+    def label_names(self) -> list[str]:
+        """The labels in the order of their ids; made up by transformers where none are named."""
+        names = self.teacher.model.config.id2label or {}
+        return [str(names[index]) for index in sorted(names)]
 
 
 def examples_for(task_of: Checkpoint, data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Examples:
@@ -53,7 +61,27 @@ def set_standard(
     """Run the teacher (eager torch unless `run` is another way to it) over the data."""
     examples = examples_for(teacher, data, teacher.tokenizer, teacher.max_length)
     answers = predict(run or teacher.run, examples, teacher.task, teacher.tokenizer, progress=progress)
-    return Standard(teacher, data, examples.references, answers)
+    return Standard(teacher, data, examples.references, answers, examples.pairs)
+
+
+def score_checkpoint(checkpoint: Checkpoint, standard: Standard, batch_size: int = 32) -> dict[str, float]:
+    """A checkpoint's metrics by name, without intervals: quick enough to be asked while it trains. Its module is left
+    in evaluation mode.
+
+    Raises:
+        InputError: too few examples.
+    """
+    examples = examples_for(standard.teacher, standard.data, checkpoint.tokenizer, checkpoint.max_length)
+    checkpoint.module.eval()  # it may be in the middle of its training
+    answers = predict(checkpoint.run, examples, checkpoint.task, checkpoint.tokenizer, batch_size=batch_size)
+    return score(
+        checkpoint.task.name,
+        standard.predictions,
+        answers,
+        standard.references,
+        label_names=standard.label_names,
+        pairs=standard.pairs,
+    )
 
 
 def measure_artifact(
@@ -131,7 +159,15 @@ def _with_quality(
     if broken:
         check = Check(name="finite outputs", passed=False, detail=f"{candidate.name} answers with NaN or infinity")
         return candidate.model_copy(update={"checks": [*candidate.checks, check]})
-    quality = measure_quality(task.name, standard.predictions, answers, standard.references, standard.data_name)
+    quality = measure_quality(
+        task.name,
+        standard.predictions,
+        answers,
+        standard.references,
+        standard.data_name,
+        label_names=standard.label_names,
+        pairs=standard.pairs,
+    )
     return candidate.model_copy(update={"metrics": quality.metrics, "reliability": quality.reliability})
 
 

@@ -1,9 +1,11 @@
 """Quality of a candidate beside its teacher's on the same examples: drift for every task, accuracy where there are
-references, calibration where there are probabilities. Every figure has a 95 % interval."""
+references, calibration where there are probabilities. `measure_quality` gives every figure a 95 % interval; `score`
+gives the points alone, quickly enough to be asked while training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,15 +13,21 @@ from scipy import stats
 
 from ..errors import InputError
 from .calibration import brier_score, expected_calibration_error, reliability_bins, softmax
+from .entities import entity_counts, is_bio, micro_f1
+from .headline import headline_metric, higher_is_better
 from .predictions import Predictions
 from .report import Metric, ReliabilityBin
+from .retrieval import first_hits, ranking_agreement, unit
 from .statistics import Interval, bootstrap_interval, grouped_jackknife_interval, newcombe_interval, wilson_interval
+
+__all__ = ["Quality", "headline_metric", "higher_is_better", "measure_quality", "score"]
 
 _AGREEMENT_TEXTS = 1500
 """Texts whose pairs are compared: 1,500 make 1.1 million pairs."""
 _FEWEST_TEXTS = 4
 _GROUPS = 20
 _RESAMPLES = 1000
+_CALIBRATION_RESAMPLES = 300
 
 
 @dataclass(frozen=True)
@@ -30,158 +38,311 @@ class Quality:
     reliability: list[ReliabilityBin]
 
 
-def measure_quality(
-    task: str, teacher: Predictions, candidate: Predictions, references: np.ndarray | None, data: str
-) -> Quality:
-    """Compare a candidate's predictions with its teacher's and, where there are any, with the references."""
-    if task == "sentence-similarity":
-        return _similarity(teacher["embedding"], candidate["embedding"], references, data)
-    if task in ("text-classification", "token-classification"):
-        return _classification(teacher["logits"], candidate["logits"], references, data)
-    return _language_model(teacher, candidate, data)
+@dataclass(frozen=True)
+class _Figure:
+    """One metric before it is computed: a statistic of rows [examples, ...], and how its interval is made."""
 
+    name: str
+    description: str
+    rows: np.ndarray
+    statistic: Callable[[np.ndarray], float]
+    interval: Callable[[_Figure], Interval]
+    count: int
+    unit: str = ""
+    teacher: float | None = None
 
-def _metric(name: str, interval: Interval, count: int, data: str, description: str, **more: object) -> Metric:
-    settings = {"higher_is_better": True, **more}
-    return Metric(
-        name=name,
-        value=interval.point,
-        low=interval.low,
-        high=interval.high,
-        count=count,
-        data=data,
-        description=description,
-        **settings,  # names checked by the model itself
-    )
+    @property
+    def point(self) -> float:
+        return self.statistic(self.rows)
 
-
-def _similarity(teacher: np.ndarray, candidate: np.ndarray, scores: np.ndarray | None, data: str) -> Quality:
-    cosine = np.sum(_unit(teacher) * _unit(candidate), axis=1)
-    mean = bootstrap_interval(cosine[:, None], lambda rows: float(rows.mean()), _RESAMPLES)
-    few_t, few_c = teacher[:_AGREEMENT_TEXTS], candidate[:_AGREEMENT_TEXTS]
-    if len(few_t) < _FEWEST_TEXTS:
-        said = f"There are {len(few_t)} texts to validate on; a rank agreement needs at least {_FEWEST_TEXTS}."
-        raise InputError(said, "Validate on more examples.")
-    groups = min(_GROUPS, len(few_t))
-    metrics = [
-        _metric(
-            "agreement_spearman",
-            grouped_jackknife_interval(len(few_t), groups, lambda kept: _rank_agreement(few_t[kept], few_c[kept])),
-            len(few_t),
-            data,
-            "rank correlation of the teacher's and the candidate's cosines over all pairs of texts",
-        ),
-        _metric("cosine_mean", mean, len(cosine), data, "cosine of the candidate's embedding to the teacher's"),
-    ]
-    if scores is not None:
-        half = len(scores)
-        ours, theirs = (np.sum(_unit(side[:half]) * _unit(side[half:]), axis=1) for side in (candidate, teacher))
-        paired = np.column_stack([ours, theirs, scores])
-        reached = bootstrap_interval(paired, lambda rows: _spearman(rows[:, 0], rows[:, 2]), _RESAMPLES)
-        kept = bootstrap_interval(
-            paired, lambda rows: _spearman(rows[:, 0], rows[:, 2]) / _spearman(rows[:, 1], rows[:, 2]), _RESAMPLES
+    def metric(self, data: str) -> Metric:
+        interval = self.interval(self)
+        return Metric(
+            name=self.name,
+            value=interval.point,
+            low=interval.low,
+            high=interval.high,
+            unit=self.unit,
+            count=self.count,
+            teacher=self.teacher,
+            higher_is_better=higher_is_better(self.name),
+            description=self.description,
+            data=data,
         )
-        value = _spearman(theirs, scores)
-        metrics += [
-            _metric("spearman", reached, half, data, "rank correlation with the gold scores", teacher=value),
-            _metric("spearman_kept", kept, half, data, "share of the teacher's rank correlation that is kept"),
-        ]
-    return Quality(metrics, [])
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
+def measure_quality(
+    task: str,
+    teacher: Predictions,
+    candidate: Predictions,
+    references: np.ndarray | None,
+    data: str,
+    *,
+    label_names: Sequence[str] = (),
+    pairs: bool = False,
+) -> Quality:
+    """Compare a candidate's predictions with its teacher's and, where there are any, with the references.
+
+    Args:
+        label_names: the model's labels in the order of their ids; BIO tags are scored by entity.
+        pairs: the texts are pairs, all first ones, then all second ones.
+
+    Raises:
+        InputError: too few examples.
+    """
+    figures = _figures(task, teacher, candidate, references, label_names, pairs)
+    reliability = []
+    if task in ("text-classification", "token-classification") and references is not None:
+        reliability = reliability_bins(softmax(_flat(candidate["logits"])), references)
+    return Quality([figure.metric(data) for figure in figures], reliability)
+
+
+def score(
+    task: str,
+    teacher: Predictions | None,
+    candidate: Predictions,
+    references: np.ndarray | None,
+    *,
+    label_names: Sequence[str] = (),
+    pairs: bool = False,
+) -> dict[str, float]:
+    """The metrics of `measure_quality` by name, without intervals; without a teacher, those that need none.
+
+    Raises:
+        InputError: too few examples, or neither a teacher nor references to score against.
+    """
+    figures = list(_figures(task, teacher, candidate, references, label_names, pairs))
+    if not figures:
+        raise InputError(
+            "There is nothing to score against: the data have no references, and there is no teacher.",
+            "Give data with labels or scores.",
+        )
+    return {figure.name: figure.point for figure in figures}
+
+
+def _figures(
+    task: str,
+    teacher: Predictions | None,
+    candidate: Predictions,
+    references: np.ndarray | None,
+    label_names: Sequence[str],
+    pairs: bool,
+) -> Iterator[_Figure]:
+    if task == "sentence-similarity":
+        theirs = teacher["embedding"] if teacher else None
+        return _similarity(theirs, candidate["embedding"], references, pairs)
+    if task in ("text-classification", "token-classification"):
+        theirs = teacher["logits"] if teacher else None
+        return _classification(theirs, candidate["logits"], references, label_names)
+    return _language_model(teacher, candidate)
+
+
+def _bootstrap(figure: _Figure) -> Interval:
+    return bootstrap_interval(figure.rows, figure.statistic, _RESAMPLES)
+
+
+def _short_bootstrap(figure: _Figure) -> Interval:
+    return bootstrap_interval(figure.rows, figure.statistic, _CALIBRATION_RESAMPLES)
+
+
+def _wilson(figure: _Figure) -> Interval:
+    return wilson_interval(int(figure.rows.sum()), len(figure.rows))
+
+
+def _newcombe(figure: _Figure) -> Interval:
+    ours, theirs = figure.rows[:, 0] > 0, figure.rows[:, 1] > 0
+    sides = (ours & theirs, ours & ~theirs, ~ours & theirs, ~ours & ~theirs)
+    return newcombe_interval(*(int(side.sum()) for side in sides))
+
+
+def _jackknife(figure: _Figure) -> Interval:
+    n = len(figure.rows)
+    return grouped_jackknife_interval(n, min(_GROUPS, n), lambda kept: figure.statistic(figure.rows[kept]))
+
+
+def _mean(rows: np.ndarray) -> float:
+    return float(rows.mean(dtype=np.float64))
+
+
+def _difference(rows: np.ndarray) -> float:
+    return float(rows[:, 0].mean() - rows[:, 1].mean())
+
+
+def _ratio(above: float, below: float) -> float:
+    """Not a number where there is nothing below, as in a resample of a few examples; such resamples are left out."""
+    return float(above / below) if below else float("nan")
+
+
+def _kept(rows: np.ndarray) -> float:
+    return _ratio(rows[:, 0].sum(), rows[:, 1].sum())
+
+
+def _compared(
+    name: str, ours: np.ndarray, theirs: np.ndarray | None, description: str, difference: bool = False
+) -> Iterator[_Figure]:
+    """A share of hits bool [examples], its difference to the teacher's, and what is kept of it."""
+    n, reached = len(ours), float(theirs.mean()) if theirs is not None else None
+    yield _Figure(name, description, ours, _mean, _wilson, n, teacher=reached)
+    if theirs is None:
+        return
+    paired = np.column_stack([ours, theirs]).astype(float)
+    if difference:
+        told = f"{name} minus the teacher's, same examples"
+        yield _Figure(f"{name}_difference", told, paired, _difference, _newcombe, n)
+    if reached:
+        told = f"share of the teacher's {name.replace('_', ' ')} that is kept"
+        yield _Figure(f"{name}_kept", told, paired, _kept, _bootstrap, n)
+
+
+def _similarity(
+    teacher: np.ndarray | None, candidate: np.ndarray, scores: np.ndarray | None, pairs: bool
+) -> Iterator[_Figure]:
+    if teacher is not None:
+        yield from _embedding_drift(teacher, candidate)
+    if scores is not None:
+        yield from _gold_scores(teacher, candidate, scores)
+    elif pairs:
+        yield from _retrieval(teacher, candidate)
+
+
+def _embedding_drift(teacher: np.ndarray, candidate: np.ndarray) -> Iterator[_Figure]:
+    few_t, few_c = teacher[:_AGREEMENT_TEXTS], candidate[:_AGREEMENT_TEXTS]
+    n = len(few_t)
+    if n < _FEWEST_TEXTS:
+        said = f"There are {n} texts to validate on; a rank agreement needs at least {_FEWEST_TEXTS}."
+        raise InputError(said, "Validate on more examples.")
+    yield _Figure(
+        "agreement_spearman",
+        "rank correlation of the teacher's and the candidate's cosines over all pairs of texts",
+        np.arange(n),
+        lambda kept: _rank_agreement(few_t[kept], few_c[kept]),
+        _jackknife,
+        n,
+    )
+    if teacher.shape[1] == candidate.shape[1]:  # a narrower student has a space of its own
+        told = "cosine of the candidate's embedding to the teacher's"
+        yield _Figure("cosine_mean", told, _cosines(teacher, candidate)[:, None], _mean, _bootstrap, len(candidate))
+
+
+def _gold_scores(teacher: np.ndarray | None, candidate: np.ndarray, scores: np.ndarray) -> Iterator[_Figure]:
+    half = len(scores)
+    sides = [_cosines(side[:half], side[half:]) for side in (candidate, teacher) if side is not None]
+    rows = np.column_stack([scores, *sides])
+
+    def reached(drawn: np.ndarray, side: int = 1) -> float:
+        return _spearman(drawn[:, side], drawn[:, 0])
+
+    value = reached(rows, 2) if teacher is not None else None
+    yield _Figure("spearman", "rank correlation with the gold scores", rows, reached, _bootstrap, half, teacher=value)
+    if value is not None:
+        told = "share of the teacher's rank correlation that is kept"
+        yield _Figure(
+            "spearman_kept", told, rows, lambda drawn: _ratio(reached(drawn), reached(drawn, 2)), _bootstrap, half
+        )
+
+
+def _retrieval(teacher: np.ndarray | None, candidate: np.ndarray) -> Iterator[_Figure]:
+    ours, theirs = first_hits(candidate, teacher)
+    yield from _compared("recall_at_1", ours, theirs, "share of first texts whose nearest second text is their own")
+    if teacher is not None:
+        agreed = ranking_agreement(teacher, candidate, _AGREEMENT_TEXTS)
+        told = "rank correlation of both sides' cosines of a first text to all second texts, mean over first texts"
+        yield _Figure("agreement_ranking", told, agreed[:, None], _mean, _bootstrap, len(agreed))
+
+
+def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return np.asarray(np.sum(unit(left) * unit(right), axis=1))
 
 
 def _spearman(left: np.ndarray, right: np.ndarray) -> float:
+    if np.ptp(left) == 0 or np.ptp(right) == 0:  # equal values have no ranks; SciPy warns of each
+        return float("nan")
     return float(stats.spearmanr(left, right).statistic)
 
 
 def _rank_agreement(teacher: np.ndarray, candidate: np.ndarray) -> float:
     above = np.triu_indices(len(teacher), k=1)
-    left, right = ((_unit(side) @ _unit(side).T)[above] for side in (teacher, candidate))
+    left, right = ((unit(side) @ unit(side).T)[above] for side in (teacher, candidate))
     return _spearman(left, right)
 
 
-def _classification(teacher: np.ndarray, candidate: np.ndarray, labels: np.ndarray | None, data: str) -> Quality:
-    if teacher.dtype == object:  # token by token
-        teacher, candidate = np.concatenate(list(teacher)), np.concatenate(list(candidate))
-    ours, theirs = candidate.argmax(axis=1), teacher.argmax(axis=1)
-    p, q = softmax(teacher), softmax(candidate)
-    divergence = np.sum(p * (np.log(p + 1e-12) - np.log(q + 1e-12)), axis=1)
-    flips = _share(ours != theirs)
-    mean = bootstrap_interval(divergence[:, None], lambda rows: float(rows.mean()), _RESAMPLES)
-    metrics = [
-        _metric("flip_rate", flips, len(ours), data, "share of answers that left the teacher's",
-                higher_is_better=False),
-        _metric("kl_mean", mean, len(ours), data, "KL of the teacher's to the candidate's answer", unit="nats",
-                higher_is_better=False),
-    ]  # fmt: skip
+def _flat(logits: np.ndarray) -> np.ndarray:
+    """Logits [examples, labels]; of token by token rows, those of all tokens."""
+    return np.concatenate(list(logits)) if logits.dtype == object else logits
+
+
+def _classification(
+    teacher: np.ndarray | None, candidate: np.ndarray, labels: np.ndarray | None, label_names: Sequence[str]
+) -> Iterator[_Figure]:
+    q, p = softmax(_flat(candidate)), softmax(_flat(teacher)) if teacher is not None else None
+    ours, theirs = q.argmax(axis=1), p.argmax(axis=1) if p is not None else None
+    n = len(ours)
+    if p is not None:
+        divergence = np.sum(p * (np.log(p + 1e-12) - np.log(q + 1e-12)), axis=1)
+        yield _Figure("flip_rate", "share of answers that left the teacher's", ours != theirs, _mean, _wilson, n)
+        told = "KL of the teacher's to the candidate's answer"
+        yield _Figure("kl_mean", told, divergence[:, None], _mean, _bootstrap, n, unit="nats")
     if labels is None:
-        return Quality(metrics, [])
-    right, right_teacher = ours == labels, theirs == labels
-    metrics += _accuracy(right, right_teacher, data)
-    metrics += _calibration(q, p, labels, data)
-    return Quality(metrics, reliability_bins(q, labels))
-
-
-def _share(hits: np.ndarray) -> Interval:
-    return wilson_interval(int(hits.sum()), len(hits))
-
-
-def _accuracy(right: np.ndarray, right_teacher: np.ndarray, data: str) -> list[Metric]:
-    difference = newcombe_interval(
-        int(np.sum(right & right_teacher)),
-        int(np.sum(right & ~right_teacher)),
-        int(np.sum(~right & right_teacher)),
-        int(np.sum(~right & ~right_teacher)),
-    )
-    reached = float(right_teacher.mean())
-    metrics = [
-        _metric("accuracy", _share(right), len(right), data, "share of right answers", teacher=reached),
-        _metric("accuracy_difference", difference, len(right), data, "accuracy minus the teacher's, same examples"),
-    ]
-    if reached > 0:
-        paired = np.column_stack([right, right_teacher]).astype(float)
-        kept = bootstrap_interval(paired, lambda rows: float(rows[:, 0].mean() / rows[:, 1].mean()), _RESAMPLES)
-        metrics.append(_metric("accuracy_kept", kept, len(right), data, "share of the teacher's accuracy that is kept"))
-    return metrics
-
-
-def _calibration(q: np.ndarray, p: np.ndarray, labels: np.ndarray, data: str) -> list[Metric]:
+        return
+    if candidate.dtype == object and is_bio(label_names):
+        yield from _entities(teacher, candidate, labels, label_names)
+    right = theirs == labels if theirs is not None else None
+    yield from _compared("accuracy", ours == labels, right, "share of right answers", difference=True)
     scored: list[tuple[str, str, Callable[[np.ndarray, np.ndarray], float]]] = [
         ("ece", "expected calibration error, 15 bins of equal mass", expected_calibration_error),
         ("brier", "Brier score over all classes", brier_score),
     ]
-    metrics = []
-    for name, description, score in scored:
-        rows = np.column_stack([labels, q])
-        interval = bootstrap_interval(rows, lambda r, f=score: f(r[:, 1:], r[:, 0].astype(int)), 300)  # type: ignore[misc]
-        metrics.append(
-            _metric(name, interval, len(labels), data, description, teacher=score(p, labels), higher_is_better=False)
-        )
-    return metrics
+    for name, told, of in scored:
+        rows, reached = np.column_stack([labels, q]), of(p, labels) if p is not None else None
+        statistic = functools.partial(_of_labelled, of)
+        yield _Figure(name, told, rows, statistic, _short_bootstrap, n, teacher=reached)
 
 
-def _language_model(teacher: Predictions, candidate: Predictions, data: str) -> Quality:
-    rows = np.array([[np.sum(ours), np.sum(theirs), len(ours)] for ours, theirs in zip(
-        candidate["nll"], teacher["nll"], strict=True)])  # fmt: skip
-    same = np.array([[np.sum(ours == theirs), len(ours)] for ours, theirs in zip(
-        candidate["top_token"], teacher["top_token"], strict=True)], dtype=float)  # fmt: skip
-    tokens = int(rows[:, 2].sum())
-    perplexity = bootstrap_interval(rows, lambda r: _perplexity(r, 0), _RESAMPLES)
-    ratio = bootstrap_interval(rows, lambda r: _perplexity(r, 0) / _perplexity(r, 1), _RESAMPLES)
-    agreed = bootstrap_interval(same, lambda r: float(r[:, 0].sum() / r[:, 1].sum()), _RESAMPLES)
-    return Quality(
-        [
-            _metric("perplexity", perplexity, tokens, data, "exp of the mean negative log-likelihood a token",
-                    teacher=_perplexity(rows, 1), higher_is_better=False),
-            _metric("perplexity_ratio", ratio, tokens, data, "perplexity over the teacher's", higher_is_better=False),
-            _metric("token_agreement", agreed, tokens, data, "share of top tokens that are the teacher's"),
-        ],
-        [],
-    )  # fmt: skip
+def _of_labelled(statistic: Callable[[np.ndarray, np.ndarray], float], rows: np.ndarray) -> float:
+    """A statistic of probabilities and labels, of rows that hold the label, then the probabilities."""
+    return statistic(rows[:, 1:], rows[:, 0].astype(int))
 
 
-def _perplexity(rows: np.ndarray, column: int) -> float:
-    return float(np.exp(rows[:, column].sum() / rows[:, 2].sum()))
+def _entities(
+    teacher: np.ndarray | None, candidate: np.ndarray, labels: np.ndarray, label_names: Sequence[str]
+) -> Iterator[_Figure]:
+    """F1 over entities, rows drawn whole. A row of counts is the candidate's three, then the teacher's."""
+    gold = np.split(labels, np.cumsum([len(row) for row in candidate])[:-1])
+    sides = [side for side in (candidate, teacher) if side is not None]
+    counts = [entity_counts([row.argmax(axis=1) for row in side], gold, label_names) for side in sides]
+    if not counts[0][:, 2].any():
+        return
+    rows, n = np.hstack(counts), int(counts[0][:, 2].sum())
+    reached = micro_f1(counts[1]) if teacher is not None else None
+    told = "entity-level F1, all types together; an entity counts when both ends and its type are right"
+    yield _Figure("f1", told, rows, lambda r: micro_f1(r[:, :3]), _bootstrap, n, teacher=reached)
+    if reached is None:
+        return
+    told = "f1 minus the teacher's, same rows"
+    yield _Figure("f1_difference", told, rows, lambda r: micro_f1(r[:, :3]) - micro_f1(r[:, 3:]), _bootstrap, n)
+    if reached:
+        told = "share of the teacher's F1 that is kept"
+        yield _Figure("f1_kept", told, rows, lambda r: _ratio(micro_f1(r[:, :3]), micro_f1(r[:, 3:])), _bootstrap, n)
+
+
+def _language_model(teacher: Predictions | None, candidate: Predictions) -> Iterator[_Figure]:
+    sides = [side["nll"] for side in (candidate, teacher) if side is not None]
+    rows = np.array([[len(ours[0]), *(np.sum(nll) for nll in ours)] for ours in zip(*sides, strict=True)], dtype=float)
+    tokens = int(rows[:, 0].sum())
+    told = "exp of the mean negative log-likelihood a token"
+    reached = _perplexity(rows, 2) if teacher is not None else None
+    yield _Figure("perplexity", told, rows, _perplexity, _bootstrap, tokens, teacher=reached)
+    if teacher is None:
+        return
+    told = "perplexity over the teacher's"
+    yield _Figure(
+        "perplexity_ratio", told, rows, lambda r: _ratio(_perplexity(r), _perplexity(r, 2)), _bootstrap, tokens
+    )
+    tops = zip(candidate["top_token"], teacher["top_token"], strict=True)
+    same = np.array([[np.sum(ours == theirs), len(ours)] for ours, theirs in tops], dtype=float)
+    yield _Figure("token_agreement", "share of top tokens that are the teacher's", same, _kept, _bootstrap, tokens)
+
+
+def _perplexity(rows: np.ndarray, side: int = 1) -> float:
+    with np.errstate(over="ignore"):  # infinite where it overflows
+        return float(np.exp(_ratio(rows[:, side].sum(), rows[:, 0].sum())))

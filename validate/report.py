@@ -18,13 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_fie
 
 from ..errors import InputError
 from ..files import read_json, write_json
-from ..models.lineage import Curve, LayerWidths, Step
+from ..models.lineage import Curve, LayerSimilarity, LayerWidths, Step
 
 SCHEMA_VERSION: Final = 1
 REPORT_FILE = "report.json"
 
-__all__ = ["Candidate", "Check", "Curve", "Gate", "GateResult", "Latency", "LayerWidths", "Metric", "ReliabilityBin",
-           "Report", "Step", "load_report", "save_report"]  # fmt: skip
+__all__ = ["Candidate", "Check", "Curve", "Gate", "GateResult", "Latency", "LayerSimilarity", "LayerWidths", "Metric",
+           "ReliabilityBin", "Report", "Step", "load_report", "save_report"]  # fmt: skip
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 _PROBLEMS_SHOWN = 3

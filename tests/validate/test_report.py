@@ -21,6 +21,7 @@ from limbeck.validate.report import (
     Gate,
     GateResult,
     Latency,
+    LayerSimilarity,
     Metric,
     Report,
     Step,
@@ -62,11 +63,13 @@ def reports(draw: st.DrawFn) -> Report:
     candidates = st.builds(
         candidate, name=WORDS, metrics=st.lists(metrics, max_size=2), checks=st.lists(checks, max_size=2)
     )
+    matrices = st.lists(st.tuples(FIGURES, FIGURES).map(list), min_size=2, max_size=2)
     steps = st.builds(
         Step,
         verb=st.sampled_from(["distill", "prune"]),
         method=WORDS,
         settings=st.dictionaries(WORDS, WORDS | st.integers()),
+        similarity=st.none() | st.builds(LayerSimilarity, before=matrices, after=matrices),
     )
     return report(
         teacher=draw(st.none() | candidates),

@@ -171,21 +171,27 @@ def reliability(bins: Sequence[ReliabilityBin], title: str, series: int) -> Mark
     return drawing(_WIDTH, height, f"Reliability of {title}: accuracy against confidence in {len(filled)} bins", *parts)
 
 
-def curve(item: Curve, series: int) -> Markup:
-    """A quantity over training steps."""
+def curve(item: Curve, series: int, steps: tuple[float, float], title: str, marked: float | None = None) -> Markup:
+    """A quantity over training steps.
+
+    Args:
+        steps: the ends of the x axis, which the panels of one training share.
+        marked: the step whose point is marked; the last when not given.
+    """
     height = 190.0
     left, right, top, bottom = plot_box(_WIDTH, height, left=52)
     known = [(at, value) for at, value in zip(item.steps, item.values, strict=True) if math.isfinite(value)]
-    x = Scale(*span([at for at, _ in known], padding=0.0), left, right)
+    x = Scale(*steps, left, right)
     y = Scale(*span([value for _, value in known], padding=0.08), bottom, top)
     parts = [x_axis(x, bottom, "training step"), y_axis(y, left, right)]
     points = [(x(at), y(value)) for at, value in known]
     parts.append(polyline(points, f"curve s{series % SERIES}"))
-    words = f"{item.name}: nothing finite to draw"
+    words = f"{title}: nothing finite to draw"
     if known:
-        parts.append(marker(*points[-1], series, size=3.5))
+        place = next((index for index, (at, _) in enumerate(known) if at == marked), -1)
+        parts.append(marker(*points[place], series, size=4.5))
         unit = f" {item.unit}" if item.unit else ""
-        words = f"{item.name}, from {short_number(known[0][1], 3)} to {short_number(known[-1][1], 3)}{unit}"
+        words = f"{title}, from {short_number(known[0][1], 3)} to {short_number(known[-1][1], 3)}{unit}"
     return drawing(_WIDTH, height, words, *parts)
 
 

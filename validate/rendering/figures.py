@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from markupsafe import Markup
+
 from ..report import Candidate, Metric, Report, Verdict, short_number
 
 VERDICT_WORDS: dict[Verdict | None, str] = {
@@ -18,6 +20,15 @@ _AGREEMENT = ("cosine_mean", "flip_rate")
 _TITLES = {"ece": "ECE", "peak_memory_mb": "Peak memory", "energy_mj": "Energy"}
 _DIGITS = 3
 _BYTES_PER_MB = 1_000_000
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of several small drawings, with the words over it."""
+
+    title: str
+    note: str
+    drawing: Markup
 
 
 @dataclass(frozen=True)

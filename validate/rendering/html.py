@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -16,18 +15,20 @@ from markupsafe import Markup
 
 from ..report import Candidate, Latency, Report, exact_number, short_number
 from . import charts
-from .figures import VERDICT_WORDS, columns, figure_of, latency_figure, plain, quality_metric, summary, title_of
+from .figures import (
+    VERDICT_WORDS,
+    Panel,
+    columns,
+    figure_of,
+    latency_figure,
+    plain,
+    quality_metric,
+    summary,
+    title_of,
+)
+from .training import trainings
 
 _WIDTHS_A_CHART = 12
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One of several small drawings, with the words over it."""
-
-    title: str
-    note: str
-    drawing: Markup
 
 
 def render_html(report: Report) -> str:
@@ -40,7 +41,7 @@ def render_html(report: Report) -> str:
         latency_panels=list(_latency_panels(report)),
         scatter=_scatter(report),
         reliability_panels=list(_reliability_panels(report)),
-        curve_panels=list(_curve_panels(report)),
+        trainings=list(trainings(report)),
         cut_panels=list(_cut_panels(report)),
         checks=list(report.checks()),
         gate_drawings=[charts.gate_interval(result) for result in report.gates],
@@ -115,14 +116,6 @@ def _reliability_panels(report: Report) -> Iterator[Panel]:
             ece = candidate.metric("ece")
             note = f"expected calibration error {short_number(ece.value, 3)}" if ece else ""
             yield Panel(candidate.name, note, charts.reliability(candidate.reliability, candidate.name, series))
-
-
-def _curve_panels(report: Report) -> Iterator[Panel]:
-    for number, step in enumerate(report.steps, 1):
-        for series, curve in enumerate(step.curves, 1):
-            last = f"ends at {short_number(curve.values[-1], 3)}" if curve.values else "empty"
-            note = f"step {number}, {step.verb} · {last}" + (f" {curve.unit}" if curve.unit else "")
-            yield Panel(curve.name, note, charts.curve(curve, series))
 
 
 def _cut_panels(report: Report) -> Iterator[Panel]:

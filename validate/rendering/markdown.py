@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from ..report import GateResult, Report, Verdict, short_number
 from .figures import VERDICT_WORDS, Column, columns, plain, summary
+from .training import ends, likeness
 
 _ICONS: dict[Verdict | None, str] = {"pass": "✅", "fail": "❌", "inconclusive": "❔", None: "➖"}
 _SPECIAL = re.compile(r"([\\`*_\[\]|~$])")
@@ -98,7 +99,9 @@ def _steps(report: Report) -> str:
         lines.append(
             f"1. **{_escape(step.verb)}**, {_escape(step.method)}" + (f": {_escape(settings)}" if settings else "")
         )
-        lines += [f"   {_escape(text)}" for text in (step.rationale, step.note) if text]
+        traced = ends(step)
+        alike = f"Layers, student ≈ teacher (linear CKA): {likeness(step.similarity)}" if step.similarity else None
+        lines += [f"   {_escape(text)}" for text in (step.rationale, step.note, traced, alike) if text]
     return "\n".join(lines)
 
 

@@ -1,0 +1,26 @@
+"""Which metric stands for a task's quality, and which way is better: names only, so that a report is drawn without the
+libraries that measure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+HEADLINE_METRICS: Mapping[str, tuple[str, ...]] = {
+    "sentence-similarity": ("spearman", "recall_at_1", "agreement_spearman"),
+    "text-classification": ("accuracy", "flip_rate"),
+    "token-classification": ("f1", "accuracy", "flip_rate"),
+    "fill-mask": ("perplexity",),
+    "text-generation": ("perplexity",),
+}
+"""The metric that stands for a task's quality: the first of these that the data allow."""
+_LOWER_IS_BETTER = frozenset({"flip_rate", "kl_mean", "ece", "brier", "perplexity", "perplexity_ratio"})
+
+
+def headline_metric(task: str, scores: Mapping[str, float]) -> str:
+    """The name of the metric, among these, that stands for the task's quality."""
+    return next(name for name in HEADLINE_METRICS[task] if name in scores)
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether more of it is better; a perplexity or a flip rate is better lower."""
+    return metric not in _LOWER_IS_BETTER
