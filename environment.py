@@ -86,6 +86,11 @@ def cpu_facts() -> dict[str, Any]:
     }
 
 
+def multiplies_bf16() -> bool:
+    """Whether the CPU has bfloat16 matrix instructions; without them it is dozens of times slower than float32."""
+    return bool({"avx512_bf16", "amx_bf16"} & set(cpu_facts()["instruction_sets"]))
+
+
 def _memory_bytes() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

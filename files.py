@@ -179,6 +179,28 @@ def read_document(path: Path, model: type[Document], newest: int) -> Document:
         raise InputError(f"{path} is not a valid {model.__name__.lower()}: {where}: {first['msg']}.") from error
 
 
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Args:
+        what: what the file is meant to be, for the error message ("recipe").
+
+    Raises:
+        InputError: missing, not YAML, or not a mapping.
+    """
+    import yaml
+
+    try:
+        value: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"The {what} {path} does not exist.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a {what}: it holds no mapping.")
+    return value
+
+
 def sha256_of_file(path: Path) -> str:
     """The file's SHA-256, as 64 hex digits."""
     with path.open("rb") as file:
