@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from ..recipes.progress import Progress
+from ..recipes.progress import SILENT, Progress
 
 _LINE_EVERY_SECONDS = 20.0
 
@@ -105,8 +105,11 @@ class _NotedBars(logging.Handler):
 
 
 @contextmanager
-def working() -> Iterator[Progress]:
-    """Progress on standard error for the length of a command."""
+def working(quiet: bool = False) -> Iterator[Progress]:
+    """Progress on standard error for the length of a command; `quiet` for all but one of several processes."""
+    if quiet:
+        yield SILENT
+        return
     noted = logging.getLogger("limbeck")
     handler = _NotedBars()
     noted.addHandler(handler)

@@ -22,6 +22,7 @@ VERBS = {
     "quickstart": "Run the built-in recipe on a real sentence-embedding model.",
     "run": "Run a recipe: distil, prune, export, validate, gate.",
     "distill": "Train a small student to answer as its teacher does.",
+    "ablate": "Show what each objective of a distillation contributes.",
     "prune": "Remove what a model needs least.",
     "export": "Compile a model for a backend, and check what was compiled.",
     "build": "Turn a TensorRT kit into an engine, on the GPU it is for.",

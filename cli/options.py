@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from pydantic import BaseModel, ValidationError
 
 from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ..distill.settings import DistillSettings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -50,6 +53,113 @@ def rationale_option(command: Command) -> Command:
     return click.option("--rationale", metavar="WHY", help="Why this was done; kept in the lineage and the report.")(
         command
     )
+
+
+_STUDENT_OPTIONS = (
+    click.option("--layers", metavar="N|I,J,K", help="How many of the teacher's layers, or which (from 0)."),
+    click.option("--choose", metavar="HOW", help="Which, of N: uniform, first, last, importance.  [default: uniform]"),
+    click.option("--hidden-size", type=int, help="Width of the student's hidden states."),
+    click.option("--heads", type=int, help="Attention heads of a layer."),
+    click.option("--ffn", type=int, help="Feed-forward channels of a layer."),
+    click.option("--config", metavar="FILE", help="Student from scratch, by this config.json, with random weights."),
+    click.option("--student", metavar="CKPT", help="Train this checkpoint on instead of drawing a student."),
+)
+_TRAINING_OPTIONS = (
+    click.option(
+        "--objective",
+        "objectives",
+        multiple=True,
+        metavar="NAME=WEIGHT",
+        help="Repeatable; also NAME={weight: 1, SETTING: VALUE}. The task's own if none.",
+    ),
+    click.option("--epochs", type=float, help="Passes over the data.  [default: 1]"),
+    click.option("--max-steps", type=int, help="Optimiser steps; ends training whatever --epochs says."),
+    click.option("--batch-size", type=int, help="Examples a process and step.  [default: 32]"),
+    click.option("--gradient-accumulation", type=int, help="Batches whose gradients make one step.  [default: 1]"),
+    click.option("--learning-rate", type=float, help="[default: 4e-4]"),
+    click.option("--warmup", type=float, help="Share of the steps in which the rate rises.  [default: 0.05]"),
+    click.option("--schedule", metavar="SHAPE", help="linear, cosine or constant.  [default: cosine]"),
+    click.option("--max-length", type=int, help="Tokens a text is cut at while training."),
+    click.option(
+        "--freeze-embeddings", is_flag=True, default=None, help="Keep the embeddings inherited from the teacher."
+    ),
+    click.option("--train-layers", metavar="I,J", help="Only these layers of the student learn (from 0)."),
+    click.option(
+        "--precision", metavar="DTYPE", help="fp32, bf16, fp16, or auto: bf16 where it is fast.  [default: fp32]"
+    ),
+    click.option("--gradient-checkpointing", is_flag=True, default=None, help="Less memory for a third more time."),
+    click.option("--teacher-runtime", metavar="NAME", default="eager", help="eager, openvino, onnx or torch-compile."),
+    click.option("--teacher-cache", metavar="DIR", help="Keep the teacher's outputs here for the next run."),
+    click.option("--save-every", type=int, metavar="STEPS", help="[default: a tenth of the run]"),
+    click.option("--settings", "file", metavar="FILE", help="YAML with any of the settings; options go before it."),
+    click.option("--seed", type=int, help="[default: 0]"),
+)
+_STUDENT = ("layers", "choose", "hidden_size", "heads", "ffn", "config")
+
+
+def student_options(command: Command) -> Command:
+    """How a student is drawn, or which checkpoint it is."""
+    return _with(_STUDENT_OPTIONS, command)
+
+
+def training_options(command: Command) -> Command:
+    """Objectives and training, but not what is measured meanwhile."""
+    return _with(_TRAINING_OPTIONS, command)
+
+
+def _with(options: Sequence[Callable[[Command], Command]], command: Command) -> Command:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def distill_settings(
+    options: dict[str, Any], layers: str | None, train_layers: str | None, objectives: Sequence[str], file: str | None
+) -> DistillSettings:
+    """Distillation settings from a file and the options, which win.
+
+    Raises:
+        UsageError: a value that is not valid; InputError: a file that is no mapping.
+    """
+    from ..distill.settings import DistillSettings, StudentSettings
+    from ..files import read_yaml
+
+    written = read_yaml(Path(file), "settings file") if file else {}
+    drawn = {name: options.pop(name) for name in _STUDENT if name != "layers"} | {"layers": layers_from(layers)}
+    given = {name: value for name, value in drawn.items() if value is not None}
+    if given:
+        written["student"] = checked(StudentSettings, {**(written.get("student") or {}), **given})
+    if objectives:
+        written["objectives"] = {name: _weight(value) for name, value in pairs(objectives, "--objective").items()}
+    if train_layers is not None:
+        chosen = layers_from(train_layers)
+        written["train_layers"] = [chosen] if isinstance(chosen, int) else chosen
+    given = {name: value for name, value in options.items() if value is not None}
+    return checked(DistillSettings, {**written, **given})
+
+
+def _weight(text: str) -> Any:
+    """A number, or settings as YAML: `{weight: 1, temperature: 4}`.
+
+    Raises:
+        UsageError: neither.
+    """
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            value = float(value)
+        except ValueError:
+            value = None
+    if isinstance(value, bool) or not isinstance(value, int | float | dict):
+        raise UsageError(
+            f"--objective takes NAME=WEIGHT with a number, or NAME={{weight: 1, SETTING: VALUE}}, not {text!r}."
+        )
+    return value
 
 
 def pairs(values: Sequence[str], option: str) -> dict[str, str]:

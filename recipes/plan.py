@@ -3,13 +3,14 @@ any time goes into training it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..distill.distillation import student_of
+from ..distill.student import draw_student
 from ..errors import UsageError
 from ..exporters.artifact import artifact_size
 from ..models.checkpoint import Checkpoint
@@ -59,17 +60,11 @@ def make_plan(recipe: Recipe, teacher: Checkpoint, data: Data, progress: Progres
         if not export.baseline and any(limits.means(export.name) and limits.limits() for limits in recipe.constraints)
     ]
     plan = Plan()
-    with TemporaryDirectory(prefix="limbeck-plan-") as folder:
-        for wanted in concerned:
-            progress.say(f"drawing and compiling an untrained {wanted.name}")
-            untrained = _untrained(recipe, wanted, teacher, progress)
-            target = Path(folder) / wanted.name
-            settings = wanted.settings().model_copy(update={"calibration_samples": _CALIBRATION_ROWS})
-            manifest = export(untrained, settings, target, calibration=data, progress=progress)
-            costs = {"size_mb": artifact_size(target) / 1e6}
-            if not manifest.is_kit and _needs_timing(recipe, wanted):
-                costs |= _timed(recipe, teacher, wanted.name, target, progress)
-            plan.predictions.append(Prediction(artifact=wanted.name, parameters=untrained.parameters, costs=costs))
+    for wanted in concerned:
+        progress.say(f"drawing and compiling an untrained {wanted.name}")
+        untrained = _untrained(recipe, wanted, teacher, data, progress)
+        costs = measured_costs(recipe, wanted, Subject(untrained, teacher, data), _asked(recipe, wanted), progress)
+        plan.predictions.append(Prediction(artifact=wanted.name, parameters=untrained.parameters, costs=costs))
     for limits in recipe.constraints:
         for prediction in plan.predictions:
             if limits.means(prediction.artifact):
@@ -77,26 +72,48 @@ def make_plan(recipe: Recipe, teacher: Checkpoint, data: Data, progress: Progres
     return plan
 
 
-def _needs_timing(recipe: Recipe, wanted: Export) -> bool:
-    return any(limits.means(wanted.name) and limits.limits().keys() - {"size_mb"} for limits in recipe.constraints)
+@dataclass(frozen=True)
+class Subject:
+    """A model whose cost is asked for, the teacher it is compared with, and rows to calibrate int8 on."""
+
+    checkpoint: Checkpoint
+    teacher: Checkpoint
+    calibration: Data
 
 
-def _untrained(recipe: Recipe, wanted: Export, teacher: Checkpoint, progress: Progress) -> Checkpoint:
-    """The recipe's changes of shape without its training: layers drawn, channels cut by magnitude, which needs no
-    data. Which channels are cut changes nothing about the cost."""
-    stages = {stage.name: stage for stage in recipe.stages}
-    path = []
-    name = wanted.start
-    while name != "teacher":
-        path.append(stages[name])
-        name = recipe.start_of(stages[name])
+def measured_costs(
+    recipe: Recipe, wanted: Export, subject: Subject, metrics: Collection[str], progress: Progress
+) -> dict[str, float]:
+    """What a model costs in the format of an export: compiled, weighed, and timed beside the teacher where `metrics`
+    asks for more than its size (and the device is here)."""
+    settings = wanted.settings()
+    rows = min(settings.calibration_samples, _CALIBRATION_ROWS)  # ranges change nothing about the cost
+    with TemporaryDirectory(prefix="limbeck-plan-") as folder:
+        target = Path(folder) / wanted.name
+        settings = settings.model_copy(update={"calibration_samples": rows})
+        manifest = export(subject.checkpoint, settings, target, calibration=subject.calibration, progress=progress)
+        costs = {"size_mb": artifact_size(target) / 1e6}
+        if not manifest.is_kit and set(metrics) - {"size_mb", "parameters"}:
+            costs |= _timed(recipe, subject.teacher, wanted.name, target, progress)
+    return costs
+
+
+def _asked(recipe: Recipe, wanted: Export) -> set[str]:
+    return {metric for limits in recipe.constraints if limits.means(wanted.name) for metric in limits.limits()}
+
+
+def _untrained(recipe: Recipe, wanted: Export, teacher: Checkpoint, data: Data, progress: Progress) -> Checkpoint:
+    """The recipe's changes of shape without its training: the student drawn, channels cut by magnitude, which needs no
+    data. Which channels are cut changes nothing about the cost. Of a cycle, what is left after all of its rounds."""
     checkpoint = teacher
-    for stage in reversed(path):
-        if stage.distill is not None and stage.distill.layers is not None:
-            checkpoint = student_of(checkpoint, stage.distill.layers)
-        elif stage.prune is not None:
-            by_magnitude = PruneSettings(**{**stage.prune.model_dump(), "method": "magnitude"})
-            checkpoint = prune(checkpoint, by_magnitude, progress=progress)
+    for stage in recipe.path_to(wanted.start):
+        if stage.distill is not None and stage.distill.student is not None:
+            checkpoint = draw_student(checkpoint, stage.distill.student, data)
+        cut = stage.cycle.prune if stage.cycle is not None else stage.prune
+        if cut is not None:
+            by_magnitude = PruneSettings(**{**cut.model_dump(), "method": "magnitude"})
+            for _ in range(stage.cycle.rounds if stage.cycle is not None else 1):
+                checkpoint = prune(checkpoint, by_magnitude, progress=progress)
     return checkpoint
 
 

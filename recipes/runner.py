@@ -3,28 +3,34 @@ second run does only what is missing, and a changed setting runs again just what
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ..backends.registry import backend_for
-from ..files import files_below, mend_half_done_swap, sha256_of_json, staged_folder, write_text
+from ..errors import InputError, UsageError
+from ..files import files_below, mend_half_done_swap, read_document, staged_folder, write_json, write_text
 from ..validate.gates import apply_gates
 from ..validate.report import Report, load_report
+from .cycle import CYCLE_FILE, CycleRecord, KeptRounds, run_cycle, unknown_floor, with_note
+from .keys import Keys, folder_of
 from .progress import Progress
-from .schema import Export, Recipe, Stage
-from .sources import Sources, fingerprint_of
+from .schema import Cycle, Export, Recipe, Stage
+from .sources import Sources
 
 if TYPE_CHECKING:
-    from ..distill.trainer import TeacherCall
+    from ..distill.distillation import Surroundings
+    from ..distill.trainer import Evaluation
     from ..models.checkpoint import Checkpoint
     from ..models.data import Data
+    from ..validate.measurement import Standard
 
-RUN_FILE = "run.json"
+_MOST_SHARED = 0.01
+"""Share of the development rows that may be validation rows too."""
+_TEACHER_OUTPUTS = "teacher-outputs"
 
 
 @dataclass
@@ -51,7 +57,6 @@ class RecipeRun:
         self._sources = Sources(self.recipe_folder)
         self._teacher_path = self._sources.model(self.recipe.teacher)
         self._loaded: dict[str, Any] = {}
-        self._open = ExitStack()
 
     def run(self) -> Report:
         """Every stage, export and measurement, then the gates and the report.
@@ -60,12 +65,9 @@ class RecipeRun:
             UsageError: a constraint that cannot be met, found before anything is trained.
             LimbeckError: whatever stops a stage; the stages before it stay.
         """
-        with self._open:
-            return self._run()
-
-    def _run(self) -> Report:
-        keys = self._keys()
-        folders = {name: self.out / f"{name}-{key[:12]}" for name, key in keys.items()}
+        self._keys = Keys(self.recipe, self._sources, self._teacher_path)
+        self._key_of = self._keys.everything()
+        folders = {name: folder_of(self.out, name, key) for name, key in self._key_of.items()}
         self._refuse_early(folders)
         if self.recipe.constraints:
             self._stage("plan", folders, self._plan)
@@ -74,39 +76,53 @@ class RecipeRun:
         for export in self.recipe.exports:
             self._stage(export.name, folders, lambda folder, e=export: self._export(e, folders, folder))  # type: ignore[misc]
         self._stage("measurement", folders, lambda folder: self._measure(folders, folder))
-        return self._conclude(folders["measurement"])
+        return self._conclude(folders)
 
     def _refuse_early(self, folders: Mapping[str, Path]) -> None:
-        """What cannot work is said before anything is trained: a backend that is not here, data without its columns."""
+        """What cannot work is said before anything is trained: a backend that is not here, data without its columns, an
+        objective that does not exist, a metric that nothing gives."""
         for export in self.recipe.exports:
             if not folders[export.name].exists():
                 backend_for(export.settings())
-        if not all(folders[stage.name].exists() for stage in self.recipe.stages):
-            for which in ("train", "validation", "calibration"):
-                self._data(which)
+        to_do = [stage for stage in self.recipe.stages if not folders[stage.name].exists()]
+        if not to_do:
+            return
+        data = self.recipe.data
+        named = (data.train, data.validation, data.development, data.calibration)
+        for source in (*named, *(stage.data for stage in to_do)):
+            if source is not None:
+                self._data(source)
+        for stage in to_do:
+            self._refuse_training(stage)
 
-    def _keys(self) -> dict[str, str]:
-        """The hash of everything that each stage depends on."""
-        recipe, sources = self.recipe, self._sources
-        data = recipe.data
-        train = fingerprint_of(sources.data(data.train))
-        calibration = fingerprint_of(sources.data(data.calibration)) if data.calibration else train
-        keys = {"teacher": sha256_of_json([fingerprint_of(self._teacher_path), recipe.task, __version__])}
-        limits = [constraint.model_dump() for constraint in recipe.constraints]
-        shapes = [[stage.model_dump() for stage in recipe.stages], [export.model_dump() for export in recipe.exports]]
-        keys["plan"] = sha256_of_json([keys["teacher"], limits, shapes, recipe.bench.model_dump()])
-        for stage in recipe.stages:
-            settings = stage.model_dump(exclude={"name", "start"})
-            how = recipe.compiled_teacher and stage.distill is not None
-            parts = [keys[recipe.start_of(stage)], keys["teacher"], settings, train, data.columns, how]
-            keys[stage.name] = sha256_of_json(parts)
-        for export in recipe.exports:
-            settings = export.model_dump(exclude={"name", "start", "baseline"})
-            keys[export.name] = sha256_of_json([keys[export.start], settings, calibration, data.columns])
-        artifacts = {export.name: keys[export.name] for export in recipe.exports}
-        validation = fingerprint_of(sources.data(data.validation))
-        keys["measurement"] = sha256_of_json([artifacts, validation, recipe.bench.model_dump(), data.columns])
-        return keys
+    def _refuse_training(self, stage: Stage) -> None:
+        from ..distill.objectives import build_objectives
+
+        if stage.training is not None and stage.training.objectives is not None:
+            task = self._checkpoint("teacher", {}).task
+            build_objectives(stage.training.objectives, task, has_labels=True)
+        if stage.needs_development is None:
+            return
+        self._refuse_shared_rows()
+        if stage.training is not None and stage.chooses_weights:
+            self._evaluation(stage.training.metric)
+        if stage.cycle is not None:
+            _refuse_untimed(stage, self.recipe)
+            known = _scores_of(self._standard())
+            for metric in stage.cycle.floor.keys() - known.keys():
+                raise UsageError(unknown_floor(metric, known))
+
+    def _refuse_shared_rows(self) -> None:
+        development, validation = (
+            self._data(name) for name in (self.recipe.data.development or "", self.recipe.data.validation)
+        )
+        shared = len(set(development.row_hashes) & set(validation.row_hashes))
+        if shared > _MOST_SHARED * len(validation):
+            raise InputError(
+                f"{shared} of the {len(validation)} validation rows are development rows too: what is chosen on them "
+                "would be judged by them.",
+                "Take other rows for data.development.",
+            )
 
     def _stage(self, name: str, folders: Mapping[str, Path], work: Callable[[Path], None]) -> None:
         """Run one stage into its folder, unless it is there."""
@@ -125,38 +141,97 @@ class RecipeRun:
         from .plan import make_plan
 
         with staged_folder(folder) as staging:
-            plan = make_plan(self.recipe, self._checkpoint("teacher", {}), self._data("train"), self.progress)
+            data = self._data(self.recipe.data.train)
+            plan = make_plan(self.recipe, self._checkpoint("teacher", {}), data, self.progress)
             write_text(staging / "plan.json", plan.model_dump_json(indent=2) + "\n")
 
     def _change(self, stage: Stage, folders: Mapping[str, Path], folder: Path) -> None:
-        from .steps import distill, prune
+        from ..distill.student import draw_student
+        from .steps import prune
 
-        start = self.recipe.start_of(stage)
-        data = self._data("train")
-        if stage.distill is not None:
-            teacher = self._checkpoint("teacher", folders)
-            drawn = stage.distill.layers is not None
-            changed = distill(
-                self._checkpoint(start, folders) if drawn else teacher,
-                stage.distill,
-                data,
-                student=None if drawn else self._checkpoint(start, folders, fresh=True),
-                teacher_call=self._compiled_teacher() if self.recipe.compiled_teacher else None,
-                rationale=stage.rationale,
-                progress=self.progress,
-            )
+        start, data = self.recipe.start_of(stage), self._training_data(stage)
+        if stage.cycle is not None:
+            self._cycle(stage, stage.cycle, folders, folder)
+        elif stage.distill is not None:
+            if stage.distill.student is not None:
+                self.progress.say("drawing the student")
+                student = draw_student(self._checkpoint(start, folders), stage.distill.student, data)
+            else:
+                student = self._checkpoint(start, folders, fresh=True)
+            self._train(stage, folders, student, folder.with_name(f"{folder.name}.training")).save(folder)
         else:
-            assert stage.prune is not None  # the schema allows exactly one of the two
+            assert stage.prune is not None  # the schema allows exactly one of the three
             before = self._checkpoint(start, folders)
-            changed = prune(before, stage.prune, data, rationale=stage.rationale, progress=self.progress)
-        changed.save(folder)
+            prune(before, stage.prune, data, rationale=stage.rationale, progress=self.progress).save(folder)
+
+    def _train(self, stage: Stage, folders: Mapping[str, Path], student: Checkpoint, work: Path) -> Checkpoint:
+        """Train a student in place as a stage says; killed, it goes on from its last checkpoint in `work`."""
+        from ..distill.distillation import distill
+
+        assert stage.training is not None
+        self.progress.say("distilling")
+        teacher = self._checkpoint(stage.teacher or "teacher", folders)
+        return distill(student, teacher, stage.training, self._training_data(stage), self._surroundings(stage, work))
+
+    def _surroundings(self, stage: Stage, work: Path) -> Surroundings:
+        from ..distill.distillation import Surroundings
+        from .teachers import teacher_runtime
+
+        assert stage.training is not None
+        cache = None
+        if self.recipe.teacher_cache:
+            cache = self.out / _TEACHER_OUTPUTS / self._keys.teacher_outputs(stage, self._key_of)[:12]
+        return Surroundings(
+            teacher_runtime=lambda recorded: teacher_runtime(recorded, self.recipe.teacher_runtime, self.progress),
+            teacher_cache=cache,
+            evaluation=self._evaluation(stage.training.metric) if stage.chooses_weights else None,
+            work=work,
+            rationale=stage.rationale,
+            progress=self.progress.advance,
+        )
+
+    def _cycle(self, stage: Stage, cycle: Cycle, folders: Mapping[str, Path], folder: Path) -> None:
+        from .steps import prune
+
+        data, progress = self._training_data(stage), self.progress
+        rounds = KeptRounds(
+            folder=self.out / f"{stage.name}.rounds",
+            key=lambda number: self._keys.round(stage, number, self._key_of),
+            measured_with=self._keys.figures(stage, self._key_of),
+            prune=lambda model: prune(model, cycle.prune, data, rationale=stage.rationale, progress=progress),
+            train=lambda student, work: self._train(stage, folders, student, work),
+            costs=functools.partial(self._costs, cycle),
+            standard=self._standard(),
+            load=self._load,
+            progress=progress,
+        )
+        start = self._checkpoint(self.recipe.start_of(stage), folders)
+        kept, record = run_cycle(cycle, start, rounds, progress.say)
+        progress.say(record.summary())
+        with staged_folder(folder) as staging:
+            with_note(kept, stage.name, record).save(staging)
+            write_json(staging / CYCLE_FILE, record.model_dump(mode="json"))
+
+    def _costs(self, cycle: Cycle, model: Checkpoint) -> dict[str, float]:
+        from .plan import Subject, measured_costs
+
+        if cycle.until is None or cycle.until.export is None:
+            return {}
+        wanted, data = self.recipe.export_named(cycle.until.export), self.recipe.data
+        subject = Subject(model, self._checkpoint("teacher", {}), self._data(data.calibration or data.train))
+        found = measured_costs(self.recipe, wanted, subject, cycle.until.limits(), self.progress)
+        return {name: value for name, value in found.items() if name in cycle.until.limits()}
 
     def _export(self, export: Export, folders: Mapping[str, Path], folder: Path) -> None:
         from .steps import export as export_checkpoint
 
-        checkpoint = self._checkpoint(export.start, folders)
+        checkpoint, data = self._checkpoint(export.start, folders), self.recipe.data
         export_checkpoint(
-            checkpoint, export.settings(), folder, calibration=self._data("calibration"), progress=self.progress
+            checkpoint,
+            export.settings(),
+            folder,
+            calibration=self._data(data.calibration or data.train),
+            progress=self.progress,
         )
 
     def _measure(self, folders: Mapping[str, Path], folder: Path) -> None:
@@ -168,7 +243,7 @@ class RecipeRun:
         report = validate(
             {export.name: folders[export.name] for export in self.recipe.exports},
             self._checkpoint("teacher", folders),
-            self._data("validation"),
+            self._data(self.recipe.data.validation),
             latency=BenchSettings(**bench.model_dump()),
             baselines=[export.name for export in self.recipe.exports if export.baseline],
             progress=self.progress,
@@ -176,11 +251,11 @@ class RecipeRun:
         with staged_folder(folder) as staging:
             save_report(report, staging)
 
-    def _conclude(self, measurement: Path) -> Report:
+    def _conclude(self, folders: Mapping[str, Path]) -> Report:
         """Gates are applied anew at every run: a changed gate needs no new measurement."""
         from ..validate.rendering import write_report
 
-        report = load_report(measurement)
+        report = load_report(folders["measurement"])
         stated = [gate for limits in self.recipe.constraints for gate in limits.gates()]
         constraints = [f"{gate.metric} of {gate.candidate}: {gate.limits}" for gate in stated]
         report = report.model_copy(
@@ -189,35 +264,83 @@ class RecipeRun:
                 "title": f"{self.recipe.name}: {report.title.partition(' against ')[2]} made small",
                 "constraints": constraints,
                 "gates": apply_gates(report, self.recipe.all_gates()),
+                "notes": [*report.notes, *self._notes(folders)],
             }
         )
         write_report(report, self.out)
         return report
 
+    def _notes(self, folders: Mapping[str, Path]) -> list[str]:
+        """How each cycle ended."""
+        cycles = [stage.name for stage in self.recipe.stages if stage.cycle is not None]
+        records = {name: read_document(folders[name] / CYCLE_FILE, CycleRecord, 1) for name in cycles}
+        return [f"The cycle {name}: {record.summary()}." for name, record in records.items()]
+
     def _checkpoint(self, name: str, folders: Mapping[str, Path], fresh: bool = False) -> Checkpoint:
         """A stage's result. Training changes its student in place, so it asks for a copy of its own (`fresh`)."""
-        from ..models.checkpoint import load_checkpoint
-
         path = self._teacher_path if name == "teacher" else str(folders[name])
         if fresh:
-            return load_checkpoint(path, self.recipe.task)
+            return self._load(path)
         if name not in self._loaded:
-            self._loaded[name] = load_checkpoint(path, self.recipe.task)
+            self._loaded[name] = self._load(path)
         return self._loaded[name]  # type: ignore[no-any-return]
 
-    def _compiled_teacher(self) -> TeacherCall:
-        """The teacher through OpenVINO, compiled once for all stages of the run."""
-        from .steps import openvino_teacher
+    def _load(self, path: str | Path) -> Checkpoint:
+        from ..models.checkpoint import load_checkpoint
 
-        if "teacher call" not in self._loaded:
-            teacher = self._checkpoint("teacher", {})
-            self._loaded["teacher call"] = self._open.enter_context(openvino_teacher(teacher, self.progress))
-        return self._loaded["teacher call"]  # type: ignore[no-any-return]
+        return load_checkpoint(path, self.recipe.task)
 
-    def _data(self, which: str) -> Data:
-        if which not in self._loaded:
-            data = self.recipe.data
-            source = {"train": data.train, "validation": data.validation, "calibration": data.calibration or data.train}
-            teacher = self._checkpoint("teacher", {})
-            self._loaded[which] = teacher.read(self._sources.data(source[which]), data.columns)
-        return self._loaded[which]  # type: ignore[no-any-return]
+    def _training_data(self, stage: Stage) -> Data:
+        return self._data(stage.data or self.recipe.data.train)
+
+    def _data(self, source: str) -> Data:
+        """The rows of a file, read once; under the name that the recipe gives it."""
+        if f"data {source}" not in self._loaded:
+            path = self._sources.data(source)
+            self._loaded[f"data {source}"] = self._checkpoint("teacher", {}).read(path, self.recipe.data.columns)
+        return self._loaded[f"data {source}"]  # type: ignore[no-any-return]
+
+    def _standard(self) -> Standard:
+        """The teacher's answers on the development rows, asked once."""
+        from ..validate.measurement import set_standard
+
+        if "standard" not in self._loaded:
+            self.progress.say("the teacher on the development rows")
+            rows = self._data(self.recipe.data.development or "")
+            self._loaded["standard"] = set_standard(self._checkpoint("teacher", {}), rows)
+        return self._loaded["standard"]  # type: ignore[no-any-return]
+
+    def _evaluation(self, metric: str | None) -> Evaluation:
+        from .steps import evaluation_on
+
+        name = f"evaluation {metric}"
+        if name not in self._loaded:
+            rows = self._data(self.recipe.data.development or "")
+            self._loaded[name] = evaluation_on(rows, self._checkpoint("teacher", {}), metric)
+        return self._loaded[name]  # type: ignore[no-any-return]
+
+
+def _scores_of(standard: Standard) -> dict[str, float]:
+    """The teacher's own metrics: what the development rows give."""
+    from ..validate.quality import score
+
+    return score(
+        standard.teacher.task.name,
+        standard.predictions,
+        standard.predictions,
+        standard.references,
+        label_names=standard.label_names,
+        pairs=standard.pairs,
+    )
+
+
+def _refuse_untimed(stage: Stage, recipe: Recipe) -> None:
+    """A kit is compiled on the device it is for: nothing here could be timed."""
+    until = stage.cycle.until if stage.cycle is not None else None
+    if until is None or until.export is None or not until.limits().keys() - {"parameters", "size_mb"}:
+        return
+    if backend_for(recipe.export_named(until.export).settings()).built_format:
+        raise UsageError(
+            f"The cycle {stage.name} cannot be timed on {until.export}: its device is elsewhere.",
+            "Name an export that runs on this machine, or state parameters or size_mb.",
+        )

@@ -8,16 +8,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..distill.settings import DistillSettings
 from ..errors import InputError, UsageError
 from ..exporters.settings import ExportSettings, Precision, ShapeRange
+from ..files import read_yaml
 from ..prune.settings import PruneSettings
 from ..validate.report import Gate, describe_problems
 
 _RESERVED = ("plan", "measurement")
+_CHOOSES_WEIGHTS = ("evaluate_every", "patience", "metric")
+_WHY_DEVELOPMENT = "choosing on data.validation would fit the result to the rows that gates judge it by"
 
 
 class _Part(BaseModel):
@@ -29,26 +31,118 @@ class DataSources(_Part):
 
     train: str
     validation: str
+    """What gates judge on; nothing is chosen by it."""
+    development: str | None = None
+    """What weights and rounds are chosen on: early stopping, the best checkpoint, a cycle's floor."""
     calibration: str | None = None
     """What int8 is calibrated on; the training text when not given."""
     columns: dict[str, str] = Field(default_factory=dict)
 
 
+class Until(_Part):
+    """Costs at which a cycle has done enough: all that are stated have to be reached."""
+
+    parameters: int | None = Field(None, ge=1)
+    size_mb: float | None = Field(None, gt=0)
+    latency_p50_ms: float | None = Field(None, gt=0)
+    speedup_p50: float | None = Field(None, gt=0)
+    """At least so many times faster than the eager teacher."""
+    export: str | None = None
+    """The export in whose format a round is compiled to be weighed and timed; parameters need none."""
+
+    @model_validator(mode="after")
+    def _export_where_needed(self) -> Self:
+        limits = self.limits()
+        if not limits:
+            raise ValueError("until states no cost; it takes parameters, size_mb, latency_p50_ms and speedup_p50")
+        if self.export is None and (compiled := limits.keys() - {"parameters"}):
+            raise ValueError(f"until needs export: the name of the export that {min(compiled)} is measured on")
+        return self
+
+    def limits(self) -> dict[str, float]:
+        """The limits that were stated, by metric."""
+        return {name: float(value) for name, value in self.model_dump(exclude={"export"}, exclude_none=True).items()}
+
+
+class Cycle(_Part):
+    """Prune a little, let it recover, measure, and again. The cheapest model that holds the floor is kept.
+
+    ```yaml
+    cycle:
+      prune: {structure: ffn, keep: 0.8, method: taylor}
+      distill: {max_steps: 200}
+      rounds: 6
+      until: {speedup_p50: 6, export: openvino-int8}
+      floor: {agreement_spearman: 0.85}
+    ```
+
+    It stops when `until` is reached, when a round falls below the `floor` (the round before it is kept), or when the
+    rounds are used up. A cycle that ends without reaching `until` is no error: it says so in `cycle.json` and in the
+    report, and a constraint on the artifact is what stops a release.
+    """
+
+    prune: PruneSettings
+    """What a round cuts of what the round before left: `keep: 0.8` leaves 0.8, then 0.64, of the channels."""
+    distill: DistillSettings
+    """The training by which the rest recovers."""
+    rounds: int = Field(ge=1)
+    until: Until | None = None
+    floor: dict[str, float] = Field(default_factory=dict)
+    """Metric on `data.development` to its worst tolerable value: the least, or of a perplexity the most."""
+
+    @model_validator(mode="after")
+    def _rounds_differ(self) -> Self:
+        if self.prune.structure is None:
+            raise ValueError("a cycle cuts a structure: a pattern is whole after one round")
+        if self.prune.keep == 1:
+            raise ValueError("a cycle that keeps everything (keep: 1) cuts nothing")
+        if self.distill.student is not None:
+            raise ValueError("a cycle goes on with the stage above: draw the student there, not in its distill")
+        if self.until is None and not self.floor:
+            raise ValueError("a cycle needs until, floor or both to know what it is looking for")
+        return self
+
+
 class Stage(_Part):
-    """One change of a model: exactly one of `distill` and `prune`."""
+    """One change of a model: exactly one of `distill`, `prune` and `cycle`."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     start: str | None = None
     """The stage (or `teacher`) that this one starts from; the stage above when not given."""
+    teacher: str | None = None
+    """Who teaches: the recipe's teacher, or a stage above (a teacher assistant, Mirzadeh et al. 2020)."""
+    data: str | None = None
+    """Text of its own; `data.train` when not given."""
     distill: DistillSettings | None = None
     prune: PruneSettings | None = None
+    cycle: Cycle | None = None
     rationale: str | None = None
 
     @model_validator(mode="after")
     def _one_verb(self) -> Self:
-        if (self.distill is None) == (self.prune is None):
-            raise ValueError(f"the stage {self.name} needs exactly one of distill and prune")
+        if [self.distill, self.prune, self.cycle].count(None) != 2:
+            raise ValueError(f"the stage {self.name} needs exactly one of distill, prune and cycle")
+        if self.prune is not None and self.teacher is not None:
+            raise ValueError(f"the stage {self.name} prunes: it has no use for a teacher")
         return self
+
+    @property
+    def training(self) -> DistillSettings | None:
+        """How it trains, if it does: on its own or in the rounds of a cycle."""
+        return self.cycle.distill if self.cycle is not None else self.distill
+
+    @property
+    def needs_development(self) -> str | None:
+        """What of it is chosen by measuring, in words; `None` where nothing is."""
+        if self.cycle is not None:
+            return "measures its rounds"
+        chosen = self.chooses_weights
+        return f"chooses its weights while it trains ({', '.join(chosen)})" if chosen else None
+
+    @property
+    def chooses_weights(self) -> list[str]:
+        """The settings by which training measures and keeps its best weights."""
+        return [name for name in _CHOOSES_WEIGHTS if self.training and getattr(self.training, name) is not None]
 
 
 class Export(_Part):
@@ -125,9 +219,10 @@ class Recipe(_Part):
     task: str
     data: DataSources
     constraints: list[Constraints] = Field(default_factory=list)
-    compiled_teacher: bool = False
-    """Compute the teacher's outputs while distilling through OpenVINO instead of eager torch, once the compiled
-    teacher has been checked against it."""
+    teacher_runtime: Literal["eager", "openvino", "onnx", "torch-compile"] = "eager"
+    """What computes the teacher's outputs while distilling; a compiled teacher is checked against eager torch first."""
+    teacher_cache: bool = False
+    """Keep the teacher's outputs in the run's folder, for stages that read the same of it on the same text."""
     stages: list[Stage] = Field(min_length=1)
     exports: list[Export] = Field(min_length=1)
     bench: Bench = Bench()
@@ -139,6 +234,8 @@ class Recipe(_Part):
         for stage in self.stages:
             if stage.start is not None and stage.start not in known:
                 raise ValueError(f"the stage {stage.name} starts from {stage.start}, which no stage above it makes")
+            if stage.teacher is not None and stage.teacher not in known:
+                raise ValueError(f"the stage {stage.name} is taught by {stage.teacher}, which no stage above it makes")
             if stage.name in known:
                 raise ValueError(f"the name {stage.name} is given twice")
             known.add(stage.name)
@@ -165,10 +262,55 @@ class Recipe(_Part):
                 raise ValueError(f"the gate on {gate.metric} names {gate.candidate}, but gated are {', '.join(gated)}")
         return self
 
+    @model_validator(mode="after")
+    def _rows_to_choose_on(self) -> Self:
+        for stage in self.stages:
+            if (what := stage.needs_development) and self.data.development is None:
+                raise ValueError(
+                    f"the stage {stage.name} {what}, so it needs data.development, rows of its own: {_WHY_DEVELOPMENT}"
+                )
+        if self.data.development is not None and self.data.development == self.data.validation:
+            raise ValueError(f"data.development is data.validation: {_WHY_DEVELOPMENT}")
+        return self
+
+    @model_validator(mode="after")
+    def _cycles_are_weighed_on_exports(self) -> Self:
+        names = [export.name for export in self.exports]
+        for stage in self.stages:
+            until = stage.cycle.until if stage.cycle is not None else None
+            if until is not None and until.export is not None and until.export not in names:
+                raise ValueError(
+                    f"the cycle {stage.name} names the export {until.export}; there are {', '.join(names)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _cache_can_answer(self) -> Self:
+        for stage in self.stages:
+            if self.teacher_cache and stage.training is not None and stage.training.on_policy is not None:
+                raise ValueError(
+                    f"the stage {stage.name} trains on text that the student is yet to write (on_policy), which no "
+                    "teacher_cache can answer for"
+                )
+        return self
+
     def start_of(self, stage: Stage) -> str:
         """The name of what a stage starts from."""
         above = self.stages.index(stage) - 1
         return stage.start or (self.stages[above].name if above >= 0 else "teacher")
+
+    def path_to(self, name: str) -> list[Stage]:
+        """The stages that lead from the teacher to what this one makes, the first one first."""
+        stages = {stage.name: stage for stage in self.stages}
+        path: list[Stage] = []
+        while name != "teacher":
+            path.insert(0, stages[name])
+            name = self.start_of(stages[name])
+        return path
+
+    def export_named(self, name: str) -> Export:
+        """The export of that name."""
+        return next(export for export in self.exports if export.name == name)
 
     def all_gates(self) -> list[Gate]:
         """Gates and constraints together."""
@@ -181,14 +323,7 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         InputError: the file is missing, is not YAML, or says something that is not valid; the message names the key.
     """
-    try:
-        value: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"The recipe {path} does not exist.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a recipe: it holds no mapping.")
+    value = read_yaml(path, "recipe")
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:

@@ -5,22 +5,20 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
-
-import torch
 
 from ..backends.base import ExportJob
 from ..backends.registry import backend_for, backend_of_format, get_backend, load_runner
+from ..distill.distillation import Surroundings
 from ..distill.distillation import distill as train_student
-from ..distill.distillation import keeping_hidden, student_of
 from ..distill.settings import DistillSettings
-from ..distill.trainer import TeacherCall
+from ..distill.student import draw_student
+from ..distill.trainer import Evaluation
 from ..environment import facts
-from ..errors import ExportMismatch, UsageError
+from ..errors import ExportMismatch, UsageError, did_you_mean
 from ..exporters.artifact import CheckRecord, Manifest, open_artifact, read_manifest, seal
 from ..exporters.inputs import probe_batches, token_stream
 from ..exporters.program import ExportedProgram
@@ -39,10 +37,12 @@ from ..validate.measurement import (
     check_overlap,
     describe_teacher,
     measure_artifact,
+    score_checkpoint,
     set_standard,
     with_latency,
 )
 from ..validate.parity import check_parity
+from ..validate.quality import headline_metric, higher_is_better, score
 from ..validate.report import Candidate, Gate, Report
 from ..validate.weight_audit import audit_weights
 from .progress import SILENT, Progress
@@ -54,47 +54,51 @@ def distill(
     data: Data,
     *,
     student: Checkpoint | None = None,
-    teacher_call: TeacherCall | None = None,
-    rationale: str | None = None,
+    around: Surroundings | None = None,
     progress: Progress = SILENT,
 ) -> Checkpoint:
     """Draw a student from the teacher (or go on with the one given) and train it.
 
     Args:
-        teacher_call: a cheaper way to the teacher's outputs than eager torch: `openvino_teacher`.
+        around: where the teacher's outputs come from, what is measured while training, where it can be resumed from.
     """
     if student is None:
-        if settings.layers is None:
+        if settings.student is None:
             raise UsageError("A student has to be drawn from the teacher.", "Say how many layers it has: --layers N.")
-        student = student_of(teacher, settings.layers)
-    elif settings.layers is not None:
-        raise UsageError("A student that is at hand already cannot be drawn again: leave `layers` out.")
-
+        progress.say("drawing the student")
+        student = draw_student(teacher, settings.student, data)
+    elif settings.student is not None:
+        raise UsageError("A student that is at hand already cannot be drawn again: leave its sizes out.")
     progress.say("distilling")
-    return train_student(
-        student, teacher, settings, data, teacher_call=teacher_call, rationale=rationale, progress=progress.advance
-    )
+    return train_student(student, teacher, settings, data, replace(around or Surroundings(), progress=progress.advance))
 
 
-@contextmanager
-def openvino_teacher(teacher: Checkpoint, progress: Progress = SILENT) -> Iterator[TeacherCall]:
-    """The teacher's outputs (hidden states too, where it has them) computed by OpenVINO at the runtime's own precision,
-    checked against eager torch first.
+def evaluation_on(data: Data, teacher: Checkpoint, metric: str | None = None) -> Evaluation:
+    """Measure a student on these rows while it trains, against the references where there are any and against the
+    teacher's own answers.
+
+    Args:
+        metric: what decides; the task's own when not given.
 
     Raises:
-        BackendUnavailable: OpenVINO is not installed.
-        ExportMismatch: the compiled teacher answers otherwise.
+        UsageError: a metric that these rows do not give.
     """
-    progress.say("compiling the teacher")
-    settings = ExportSettings(backend="openvino", precision="native")
-    with TemporaryDirectory(prefix="limbeck-") as folder, keeping_hidden(teacher):
-        backend = get_backend("openvino")
-        program = backend.export(ExportJob(teacher, settings), Path(folder))
-        runner = backend.load(Path(folder), _manifest(teacher, settings, program))
-        parity = check_parity(runner, teacher.run, probe_batches(teacher, settings.shapes), "native")
-        if not parity.passed:
-            raise ExportMismatch(f"The compiled teacher is not the teacher: {parity.detail}.", "Use the eager one.")
-        yield lambda batch: {name: torch.from_numpy(values) for name, values in runner(batch).items()}
+    standard = set_standard(teacher, data)
+    own = score(
+        teacher.task.name,
+        standard.predictions,
+        standard.predictions,
+        standard.references,
+        label_names=standard.label_names,
+        pairs=standard.pairs,
+    )
+    if metric is not None and metric not in own:
+        raise UsageError(
+            f"There is no metric {metric!r} to watch; on {data.source} there are {', '.join(own)}."
+            f"{did_you_mean(metric, own)}"
+        )
+    chosen = metric or headline_metric(teacher.task.name, own)
+    return Evaluation(lambda student: score_checkpoint(student, standard), chosen, higher_is_better(chosen))
 
 
 def prune(

@@ -77,6 +77,31 @@ def distil(limbeck: Limbeck, model: Path, data: object, out: Path, *more: object
     return limbeck("distill", model, "--data", data, "--layers", 1, "--max-steps", 1, "--out", out, *more)
 
 
+def test_a_student_that_splits_text_otherwise(
+    limbeck: Limbeck, model: Path, tiny_checkpoint: TinyCheckpoint, text_file: Path, out: Path
+) -> None:
+    other = ("--student", tiny_checkpoint("roberta"), "--max-steps", 1, "--out", out)
+    refused = limbeck("distill", model, "--data", text_file, *other)
+    assert_refused(refused, 4, "split text differently", "hidden-states", "embedding-cosine")
+
+
+def test_rows_that_are_all_padding(
+    limbeck: Limbeck, model: Path, write_jsonl: WriteRows, tmp_path: Path, out: Path
+) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "Rain fell."}, {"text": "[PAD] [PAD]"}])
+    assert_refused(distil(limbeck, model, rows, out), 4, "Row 2", "padding")
+
+
+def test_the_cache_of_another_teacher(
+    limbeck: Limbeck, model: Path, tiny_checkpoint: TinyCheckpoint, text_file: Path, tmp_path: Path, out: Path
+) -> None:
+    cache = tmp_path / "cache"
+    assert distil(limbeck, model, text_file, tmp_path / "first", "--teacher-cache", cache).code == 0
+    other = tiny_checkpoint("mpnet")
+    refused = distil(limbeck, other, text_file, out, "--teacher-cache", cache)
+    assert_refused(refused, 4, str(cache), "another teacher")
+
+
 def test_a_missing_data_file(limbeck: Limbeck, model: Path, out: Path, tmp_path: Path) -> None:
     missing = tmp_path / "missing.jsonl"
     assert_refused(distil(limbeck, model, missing, out), 4, f"{missing} does not exist")
@@ -312,6 +337,8 @@ def test_too_few_texts_to_validate_on(
 
 # options
 
+DISTIL = ("distill", "MODEL", "--data", "DATA", "--layers", "1", "--max-steps", "1", "--out", "OUT")
+
 
 @pytest.mark.parametrize(
     ("words", "said"),
@@ -323,8 +350,18 @@ def test_too_few_texts_to_validate_on(
         (("distill", "MODEL", "--data", "DATA", "--out", "OUT"), "--layers N"),
         (("distill", "MODEL", "--data", "DATA", "--layers", "9", "--out", "OUT"), "choose 1 to 2"),
         (("distill", "MODEL", "--data", "DATA", "--layers", "two", "--out", "OUT"), "0,2,5"),
-        (("distill", "MODEL", "--data", "DATA", "--layers", "1", "--objective", "mse=1", "--out", "OUT"), "hidden-mse"),
-        (("distill", "MODEL", "--data", "DATA", "--layers", "1", "--objective", "mse", "--out", "OUT"), "NAME=VALUE"),
+        ((*DISTIL, "--objective", "hidden-state=1"), "Did you mean 'hidden-states'?"),
+        ((*DISTIL, "--objective", "mse"), "NAME=VALUE"),
+        ((*DISTIL, "--objective", "embedding-cosine=often"), "with a number"),
+        ((*DISTIL, "--objective", "embedding-cosine={waight: 1}"), "waight"),
+        ((*DISTIL, "--objective", "hidden-states={layers: {}}"), "names no layer"),
+        ((*DISTIL, "--objective", "hidden-states={layers: {0: 7}}"), "layer 7 of the teacher"),
+        ((*DISTIL, "--objective", "labels=1"), "does not fit sentence-similarity"),
+        ((*DISTIL, "--teacher-runtime", "openvin"), "Did you mean 'openvino'?"),
+        ((*DISTIL, "--report-to", "wandb"), "tensorboard, mlflow"),
+        ((*DISTIL, "--precision", "half"), "--precision"),
+        ((*DISTIL, "--eval-data", "DATA", "--metric", "acuracy"), "agreement_spearman"),
+        ((*DISTIL, "--patience", "2"), "--eval-data"),
         (("prune", "MODEL", "--out", "OUT"), "--structure ffn --keep 0.5, or --pattern 2:4"),
         (("prune", "MODEL", "--structure", "ffn", "--keep", "2", "--out", "OUT"), "more than 0 and at most 1"),
         (("prune", "MODEL", "--structure", "heads", "--keep", "0.5", "--out", "OUT"), "'ffn'"),
@@ -376,7 +413,7 @@ teacher: {teacher}
 task: sentence-similarity
 data: {{train: {data}, validation: {data}}}
 stages:
-  - {{name: student, distill: {{layers: 1, max_steps: 1}}}}
+  - {{name: student, distill: {{student: {{layers: 1}}, max_steps: 1}}}}
 exports:
   - {{name: onnx, start: student, backend: onnx}}
 """
@@ -393,12 +430,30 @@ def test_ctrl_c_removes_what_was_staged_and_keeps_earlier_stages(model: Path, te
     assert [path.name.rpartition("-")[0] for path in (tmp_path / "run").iterdir()] == ["student"]
 
 
-def test_a_killed_training_leaves_nothing(model: Path, text_file: Path, out: Path) -> None:
+def test_a_training_killed_before_its_first_checkpoint_leaves_nothing(model: Path, text_file: Path, out: Path) -> None:
     words = ("distill", model, "--data", text_file, "--layers", 1, "--epochs", 100_000, "--out", out)
     process = start(*words)
     said = stop_once(process, "distilling", signal.SIGTERM)
     assert process.returncode == 130
     assert "Interrupted." in said
+
+
+def test_a_killed_training_goes_on_when_the_command_is_typed_again(
+    limbeck: Limbeck, model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    words = ("distill", model, "--data", text_file, "--layers", 1, "--max-steps", 4000, "--save-every", 5)
+    process = start(*words, "--out", tmp_path / "student")
+    work = tmp_path / "student.training"
+    deadline = time.monotonic() + 120
+    while not (work / "checkpoint-5" / "trainer_state.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    reached = max(int(folder.name.partition("-")[2]) for folder in work.glob("checkpoint-*"))
+    assert not (tmp_path / "student").exists() and 5 <= reached < 4000
+    other = limbeck(*words, "--seed", 3, "--out", tmp_path / "student")
+    assert_refused(other, 2, "unfinished training of another run", "Delete the folder")
 
 
 def test_a_reader_that_leaves_changes_nothing(limbeck: Limbeck, model: Path) -> None:

@@ -75,7 +75,7 @@ def recipe(
         "stages": [
             {
                 "name": "student",
-                "distill": {"layers": 1, "max_steps": 2, "batch_size": 8},
+                "distill": {"student": {"layers": 1}, "max_steps": 2, "batch_size": 8},
                 "rationale": "half the depth",
             },
             {"name": "narrow", "prune": {"structure": "ffn", "keep": 0.5, "method": "taylor"}},
@@ -256,7 +256,7 @@ def test_a_built_in_text_that_is_not_there() -> None:
         (lambda r: changed(r, "exports", 0, start="narow"), "onnx starts from narow"),
         (lambda r: changed(r, "exports", 1, name="onnx"), "name onnx is given twice"),
         (lambda r: changed(r, "stages", 1, name="measurement"), "name measurement is taken"),
-        (lambda r: changed(r, "stages", 1, prune=None), "exactly one of distill and prune"),
+        (lambda r: changed(r, "stages", 1, prune=None), "exactly one of distill, prune and cycle"),
         (lambda r: changed(r, "stages", 1, prune={"structure": "ffn", "keep": 2}), "more than 0 and at most 1"),
         (lambda r: changed(r, "constraints", 0, artifact="onx"), "names onx"),
         (lambda r: changed(r, "gates", 0, candidate="onx*"), r"cosine_mean names onx\*"),
