@@ -20,11 +20,12 @@ from limbeck.recipes.sources import Sources
 
 SETTINGS = DistillSettings(
     student=StudentSettings(layers=[0, 2, 5], ffn=512),
-    objectives={"embedding-cosine": 1, "pairwise-similarity": 1, "hidden-states": {"weight": 1, "layers": {-1: -1}}},
-    max_steps=1200,
-    batch_size=32,
+    objectives={"embedding-cosine": 1, "pairwise-similarity": 1, "hidden-states": {"weight": 2, "layers": "uniform"}},
+    max_steps=2300,
+    batch_size=16,
     max_length=256,
     learning_rate=1e-3,
+    warmup=0.06,
     schedule="linear",
     freeze_embeddings=True,
     precision="auto",

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from limbeck.distill.distillation import Surroundings
@@ -14,6 +14,7 @@ from limbeck.distill.settings import DistillSettings
 from limbeck.files import write_text
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint
 from limbeck.models.data import Data
+from limbeck.recipes.progress import Progress
 from limbeck.recipes.steps import distill
 from limbeck.recipes.teachers import teacher_runtime
 from limbeck.validate.measurement import measure_checkpoint, set_standard
@@ -51,20 +52,25 @@ def trained(
         around = Surroundings(
             teacher_runtime=lambda recorded: teacher_runtime(recorded, runtime),
             work=out / f"{name}.training",
-            progress=_told(name),
         )
-        result = distill(teacher, settings, data, student=student, around=around)
+        result = distill(teacher, settings, data, student=student, around=around, progress=_Lines(name))
         result.save(folder)
         print(f"{name}: trained in {time.monotonic() - started:.0f} s on {len(data):,} rows", flush=True)
     return load_checkpoint(folder, teacher.task.name)
 
 
-def _told(name: str) -> Callable[[int, int], None]:
-    def tell(done: int, total: int) -> None:
-        if done and done % max(total // 10, 1) == 0:
-            print(f"{name}: {done} of {total}", flush=True)
+class _Lines(Progress):
+    """A line at every tenth of a training."""
 
-    return tell
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def say(self, text: str) -> None:
+        print(f"{self._name}: {text}", flush=True)
+
+    def advance(self, done: int, total: int) -> None:
+        if done and done % max(total // 10, 1) == 0:
+            print(f"{self._name}: {done} of {total}", flush=True)
 
 
 def compare(teacher: Checkpoint, students: Mapping[str, Checkpoint], data: Data, out: Path) -> None:

@@ -125,7 +125,7 @@ def ablate(plan: AblationPlan, out: Path, progress: Progress = SILENT) -> Ablati
     progress.say("the teacher on the rows to measure on")
     standard = set_standard(plan.teacher, plan.measured_on, progress=progress.advance)
     metric, reached = chosen_metric(standard, plan.settings.metric)
-    untrained = plan.student or draw_student(plan.teacher, _drawn(plan), plan.data)
+    untrained = plan.student or draw_student(plan.teacher, _drawn(plan), plan.data, plan.settings.seed)
     answers: dict[str, list[Predictions]] = {}
     for name, objectives in _variants(plan):
         answers[name] = [

@@ -66,7 +66,7 @@ def distill(
         if settings.student is None:
             raise UsageError("A student has to be drawn from the teacher.", "Say how many layers it has: --layers N.")
         progress.say("drawing the student")
-        student = draw_student(teacher, settings.student, data)
+        student = draw_student(teacher, settings.student, data, settings.seed)
     elif settings.student is not None:
         raise UsageError("A student that is at hand already cannot be drawn again: leave its sizes out.")
     progress.say("distilling")

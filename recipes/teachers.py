@@ -57,6 +57,7 @@ def teacher_runtime(teacher: Checkpoint, runtime: str, progress: Progress = SILE
         return
     progress.say("compiling the teacher")
     with _torch_compiled(teacher) if runtime == "torch-compile" else _exported(teacher, runtime) as call:
+        progress.say("distilling")
         yield call
 
 

@@ -10,7 +10,7 @@ from ..errors import UsageError, did_you_mean
 from .headline import headline_metric
 from .measurement import Standard
 from .predictions import Predictions
-from .quality import _Figure, _figures, _jackknife
+from .quality import MetricDraft, by_jackknife, metric_drafts
 from .statistics import Interval, bootstrap_interval, grouped_jackknife_interval, newcombe_interval
 
 _RESAMPLES = 2000
@@ -58,13 +58,13 @@ def paired_difference(
     return _drawn_again(ours, theirs)
 
 
-def _alike(ours: Sequence[_Figure], theirs: Sequence[_Figure]) -> bool:
+def _alike(ours: Sequence[MetricDraft], theirs: Sequence[MetricDraft]) -> bool:
     """Whether no answer differs: there is nothing for a bootstrap to draw."""
     left, right = (np.mean([figure.rows for figure in side], axis=0) for side in (ours, theirs))
     return bool(np.array_equal(left, right))
 
 
-def _drawn_again(ours: Sequence[_Figure], theirs: Sequence[_Figure]) -> Interval:
+def _drawn_again(ours: Sequence[MetricDraft], theirs: Sequence[MetricDraft]) -> Interval:
     n = len(ours[0].rows)
 
     def difference(drawn: np.ndarray) -> float:
@@ -72,15 +72,15 @@ def _drawn_again(ours: Sequence[_Figure], theirs: Sequence[_Figure]) -> Interval
         of_ours, of_theirs = ([each.statistic(each.rows[at]) for each in side] for side in (ours, theirs))
         return float(np.mean(of_ours) - (np.mean(of_theirs) if of_theirs else 0.0))
 
-    if ours[0].interval is _jackknife:
+    if ours[0].interval is by_jackknife:
         return grouped_jackknife_interval(n, min(_GROUPS, n), lambda kept: difference(np.flatnonzero(kept)))
     return bootstrap_interval(np.arange(n, dtype=np.float64), difference, _RESAMPLES)
 
 
-def _figure(metric: str, run: Predictions, standard: Standard) -> _Figure:
+def _figure(metric: str, run: Predictions, standard: Standard) -> MetricDraft:
     return next(figure for figure in _all_figures(run, standard) if figure.name == metric)
 
 
-def _all_figures(run: Predictions, standard: Standard) -> list[_Figure]:
+def _all_figures(run: Predictions, standard: Standard) -> list[MetricDraft]:
     task, names = standard.teacher.task.name, standard.label_names
-    return list(_figures(task, standard.predictions, run, standard.references, names, standard.pairs))
+    return list(metric_drafts(task, standard.predictions, run, standard.references, names, standard.pairs))

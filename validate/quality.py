@@ -39,14 +39,14 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class _Figure:
+class MetricDraft:
     """One metric before it is computed: a statistic of rows [examples, ...], and how its interval is made."""
 
     name: str
     description: str
     rows: np.ndarray
     statistic: Callable[[np.ndarray], float]
-    interval: Callable[[_Figure], Interval]
+    interval: Callable[[MetricDraft], Interval]
     count: int
     unit: str = ""
     teacher: float | None = None
@@ -90,7 +90,7 @@ def measure_quality(
     Raises:
         InputError: too few examples.
     """
-    figures = _figures(task, teacher, candidate, references, label_names, pairs)
+    figures = metric_drafts(task, teacher, candidate, references, label_names, pairs)
     reliability = []
     if task in ("text-classification", "token-classification") and references is not None:
         reliability = reliability_bins(softmax(_flat(candidate["logits"])), references)
@@ -111,7 +111,7 @@ def score(
     Raises:
         InputError: too few examples, or neither a teacher nor references to score against.
     """
-    figures = list(_figures(task, teacher, candidate, references, label_names, pairs))
+    figures = list(metric_drafts(task, teacher, candidate, references, label_names, pairs))
     if not figures:
         raise InputError(
             "There is nothing to score against: the data have no references, and there is no teacher.",
@@ -120,14 +120,14 @@ def score(
     return {figure.name: figure.point for figure in figures}
 
 
-def _figures(
+def metric_drafts(
     task: str,
     teacher: Predictions | None,
     candidate: Predictions,
     references: np.ndarray | None,
     label_names: Sequence[str],
     pairs: bool,
-) -> Iterator[_Figure]:
+) -> Iterator[MetricDraft]:
     if task == "sentence-similarity":
         theirs = teacher["embedding"] if teacher else None
         return _similarity(theirs, candidate["embedding"], references, pairs)
@@ -137,25 +137,25 @@ def _figures(
     return _language_model(teacher, candidate)
 
 
-def _bootstrap(figure: _Figure) -> Interval:
+def _bootstrap(figure: MetricDraft) -> Interval:
     return bootstrap_interval(figure.rows, figure.statistic, _RESAMPLES)
 
 
-def _short_bootstrap(figure: _Figure) -> Interval:
+def _short_bootstrap(figure: MetricDraft) -> Interval:
     return bootstrap_interval(figure.rows, figure.statistic, _CALIBRATION_RESAMPLES)
 
 
-def _wilson(figure: _Figure) -> Interval:
+def _wilson(figure: MetricDraft) -> Interval:
     return wilson_interval(int(figure.rows.sum()), len(figure.rows))
 
 
-def _newcombe(figure: _Figure) -> Interval:
+def _newcombe(figure: MetricDraft) -> Interval:
     ours, theirs = figure.rows[:, 0] > 0, figure.rows[:, 1] > 0
     sides = (ours & theirs, ours & ~theirs, ~ours & theirs, ~ours & ~theirs)
     return newcombe_interval(*(int(side.sum()) for side in sides))
 
 
-def _jackknife(figure: _Figure) -> Interval:
+def by_jackknife(figure: MetricDraft) -> Interval:
     n = len(figure.rows)
     return grouped_jackknife_interval(n, min(_GROUPS, n), lambda kept: figure.statistic(figure.rows[kept]))
 
@@ -179,24 +179,24 @@ def _kept(rows: np.ndarray) -> float:
 
 def _compared(
     name: str, ours: np.ndarray, theirs: np.ndarray | None, description: str, difference: bool = False
-) -> Iterator[_Figure]:
+) -> Iterator[MetricDraft]:
     """A share of hits bool [examples], its difference to the teacher's, and what is kept of it."""
     n, reached = len(ours), float(theirs.mean()) if theirs is not None else None
-    yield _Figure(name, description, ours, _mean, _wilson, n, teacher=reached)
+    yield MetricDraft(name, description, ours, _mean, _wilson, n, teacher=reached)
     if theirs is None:
         return
     paired = np.column_stack([ours, theirs]).astype(float)
     if difference:
         told = f"{name} minus the teacher's, same examples"
-        yield _Figure(f"{name}_difference", told, paired, _difference, _newcombe, n)
+        yield MetricDraft(f"{name}_difference", told, paired, _difference, _newcombe, n)
     if reached:
         told = f"share of the teacher's {name.replace('_', ' ')} that is kept"
-        yield _Figure(f"{name}_kept", told, paired, _kept, _bootstrap, n)
+        yield MetricDraft(f"{name}_kept", told, paired, _kept, _bootstrap, n)
 
 
 def _similarity(
     teacher: np.ndarray | None, candidate: np.ndarray, scores: np.ndarray | None, pairs: bool
-) -> Iterator[_Figure]:
+) -> Iterator[MetricDraft]:
     if teacher is not None:
         yield from _embedding_drift(teacher, candidate)
     if scores is not None:
@@ -205,26 +205,26 @@ def _similarity(
         yield from _retrieval(teacher, candidate)
 
 
-def _embedding_drift(teacher: np.ndarray, candidate: np.ndarray) -> Iterator[_Figure]:
+def _embedding_drift(teacher: np.ndarray, candidate: np.ndarray) -> Iterator[MetricDraft]:
     few_t, few_c = teacher[:_AGREEMENT_TEXTS], candidate[:_AGREEMENT_TEXTS]
     n = len(few_t)
     if n < _FEWEST_TEXTS:
         said = f"There are {n} texts to validate on; a rank agreement needs at least {_FEWEST_TEXTS}."
         raise InputError(said, "Validate on more examples.")
-    yield _Figure(
+    yield MetricDraft(
         "agreement_spearman",
         "rank correlation of the teacher's and the candidate's cosines over all pairs of texts",
         np.arange(n),
         lambda kept: _rank_agreement(few_t[kept], few_c[kept]),
-        _jackknife,
+        by_jackknife,
         n,
     )
     if teacher.shape[1] == candidate.shape[1]:  # a narrower student has a space of its own
         told = "cosine of the candidate's embedding to the teacher's"
-        yield _Figure("cosine_mean", told, _cosines(teacher, candidate)[:, None], _mean, _bootstrap, len(candidate))
+        yield MetricDraft("cosine_mean", told, _cosines(teacher, candidate)[:, None], _mean, _bootstrap, len(candidate))
 
 
-def _gold_scores(teacher: np.ndarray | None, candidate: np.ndarray, scores: np.ndarray) -> Iterator[_Figure]:
+def _gold_scores(teacher: np.ndarray | None, candidate: np.ndarray, scores: np.ndarray) -> Iterator[MetricDraft]:
     half = len(scores)
     sides = [_cosines(side[:half], side[half:]) for side in (candidate, teacher) if side is not None]
     rows = np.column_stack([scores, *sides])
@@ -233,21 +233,22 @@ def _gold_scores(teacher: np.ndarray | None, candidate: np.ndarray, scores: np.n
         return _spearman(drawn[:, side], drawn[:, 0])
 
     value = reached(rows, 2) if teacher is not None else None
-    yield _Figure("spearman", "rank correlation with the gold scores", rows, reached, _bootstrap, half, teacher=value)
+    told = "rank correlation with the gold scores"
+    yield MetricDraft("spearman", told, rows, reached, _bootstrap, half, teacher=value)
     if value is not None:
         told = "share of the teacher's rank correlation that is kept"
-        yield _Figure(
+        yield MetricDraft(
             "spearman_kept", told, rows, lambda drawn: _ratio(reached(drawn), reached(drawn, 2)), _bootstrap, half
         )
 
 
-def _retrieval(teacher: np.ndarray | None, candidate: np.ndarray) -> Iterator[_Figure]:
+def _retrieval(teacher: np.ndarray | None, candidate: np.ndarray) -> Iterator[MetricDraft]:
     ours, theirs = first_hits(candidate, teacher)
     yield from _compared("recall_at_1", ours, theirs, "share of first texts whose nearest second text is their own")
     if teacher is not None:
         agreed = ranking_agreement(teacher, candidate, _AGREEMENT_TEXTS)
         told = "rank correlation of both sides' cosines of a first text to all second texts, mean over first texts"
-        yield _Figure("agreement_ranking", told, agreed[:, None], _mean, _bootstrap, len(agreed))
+        yield MetricDraft("agreement_ranking", told, agreed[:, None], _mean, _bootstrap, len(agreed))
 
 
 def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -273,15 +274,15 @@ def _flat(logits: np.ndarray) -> np.ndarray:
 
 def _classification(
     teacher: np.ndarray | None, candidate: np.ndarray, labels: np.ndarray | None, label_names: Sequence[str]
-) -> Iterator[_Figure]:
+) -> Iterator[MetricDraft]:
     q, p = softmax(_flat(candidate)), softmax(_flat(teacher)) if teacher is not None else None
     ours, theirs = q.argmax(axis=1), p.argmax(axis=1) if p is not None else None
     n = len(ours)
     if p is not None:
         divergence = np.sum(p * (np.log(p + 1e-12) - np.log(q + 1e-12)), axis=1)
-        yield _Figure("flip_rate", "share of answers that left the teacher's", ours != theirs, _mean, _wilson, n)
+        yield MetricDraft("flip_rate", "share of answers that left the teacher's", ours != theirs, _mean, _wilson, n)
         told = "KL of the teacher's to the candidate's answer"
-        yield _Figure("kl_mean", told, divergence[:, None], _mean, _bootstrap, n, unit="nats")
+        yield MetricDraft("kl_mean", told, divergence[:, None], _mean, _bootstrap, n, unit="nats")
     if labels is None:
         return
     if candidate.dtype == object and is_bio(label_names):
@@ -295,7 +296,7 @@ def _classification(
     for name, told, of in scored:
         rows, reached = np.column_stack([labels, q]), of(p, labels) if p is not None else None
         statistic = functools.partial(_of_labelled, of)
-        yield _Figure(name, told, rows, statistic, _short_bootstrap, n, teacher=reached)
+        yield MetricDraft(name, told, rows, statistic, _short_bootstrap, n, teacher=reached)
 
 
 def _of_labelled(statistic: Callable[[np.ndarray, np.ndarray], float], rows: np.ndarray) -> float:
@@ -305,7 +306,7 @@ def _of_labelled(statistic: Callable[[np.ndarray, np.ndarray], float], rows: np.
 
 def _entities(
     teacher: np.ndarray | None, candidate: np.ndarray, labels: np.ndarray, label_names: Sequence[str]
-) -> Iterator[_Figure]:
+) -> Iterator[MetricDraft]:
     """F1 over entities, rows drawn whole. A row of counts is the candidate's three, then the teacher's."""
     gold = np.split(labels, np.cumsum([len(row) for row in candidate])[:-1])
     sides = [side for side in (candidate, teacher) if side is not None]
@@ -315,32 +316,34 @@ def _entities(
     rows, n = np.hstack(counts), int(counts[0][:, 2].sum())
     reached = micro_f1(counts[1]) if teacher is not None else None
     told = "entity-level F1, all types together; an entity counts when both ends and its type are right"
-    yield _Figure("f1", told, rows, lambda r: micro_f1(r[:, :3]), _bootstrap, n, teacher=reached)
+    yield MetricDraft("f1", told, rows, lambda r: micro_f1(r[:, :3]), _bootstrap, n, teacher=reached)
     if reached is None:
         return
     told = "f1 minus the teacher's, same rows"
-    yield _Figure("f1_difference", told, rows, lambda r: micro_f1(r[:, :3]) - micro_f1(r[:, 3:]), _bootstrap, n)
+    yield MetricDraft("f1_difference", told, rows, lambda r: micro_f1(r[:, :3]) - micro_f1(r[:, 3:]), _bootstrap, n)
     if reached:
         told = "share of the teacher's F1 that is kept"
-        yield _Figure("f1_kept", told, rows, lambda r: _ratio(micro_f1(r[:, :3]), micro_f1(r[:, 3:])), _bootstrap, n)
+        yield MetricDraft(
+            "f1_kept", told, rows, lambda r: _ratio(micro_f1(r[:, :3]), micro_f1(r[:, 3:])), _bootstrap, n
+        )
 
 
-def _language_model(teacher: Predictions | None, candidate: Predictions) -> Iterator[_Figure]:
+def _language_model(teacher: Predictions | None, candidate: Predictions) -> Iterator[MetricDraft]:
     sides = [side["nll"] for side in (candidate, teacher) if side is not None]
     rows = np.array([[len(ours[0]), *(np.sum(nll) for nll in ours)] for ours in zip(*sides, strict=True)], dtype=float)
     tokens = int(rows[:, 0].sum())
     told = "exp of the mean negative log-likelihood a token"
     reached = _perplexity(rows, 2) if teacher is not None else None
-    yield _Figure("perplexity", told, rows, _perplexity, _bootstrap, tokens, teacher=reached)
+    yield MetricDraft("perplexity", told, rows, _perplexity, _bootstrap, tokens, teacher=reached)
     if teacher is None:
         return
     told = "perplexity over the teacher's"
-    yield _Figure(
+    yield MetricDraft(
         "perplexity_ratio", told, rows, lambda r: _ratio(_perplexity(r), _perplexity(r, 2)), _bootstrap, tokens
     )
     tops = zip(candidate["top_token"], teacher["top_token"], strict=True)
     same = np.array([[np.sum(ours == theirs), len(ours)] for ours, theirs in tops], dtype=float)
-    yield _Figure("token_agreement", "share of top tokens that are the teacher's", same, _kept, _bootstrap, tokens)
+    yield MetricDraft("token_agreement", "share of top tokens that are the teacher's", same, _kept, _bootstrap, tokens)
 
 
 def _perplexity(rows: np.ndarray, side: int = 1) -> float:

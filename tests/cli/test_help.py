@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,7 @@ def test_a_verb_that_takes_arguments_has_an_example_that_parses(verb: str, limbe
     if not any(isinstance(parameter, click.Argument) for parameter in command.params):
         return
     lines = limbeck(verb, "--help").out.replace("\\\n", "").splitlines()
-    examples = [line.split() for line in lines if line.startswith(f"    limbeck {verb} ")]
+    examples = [shlex.split(line) for line in lines if line.startswith(f"    limbeck {verb} ")]
     assert examples, f"limbeck {verb} --help shows no example"
     for words in examples:
         command.make_context(verb, words[2:])  # raises on an option that the verb does not have

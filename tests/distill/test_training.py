@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +21,8 @@ from limbeck.distill.objectives.base import Sides
 from limbeck.distill.settings import DistillSettings, OnPolicy, StudentSettings
 from limbeck.distill.student import draw_student
 from limbeck.distill.teacher import eager_teacher
-from limbeck.distill.trainer import Evaluation, TrainingDiverged
-from limbeck.errors import BackendUnavailable, InputError, UsageError
+from limbeck.distill.trainer import TrainingDiverged
+from limbeck.errors import InputError, UsageError
 from limbeck.models.checkpoint import Checkpoint, hash_of_model, load_checkpoint
 from limbeck.models.data import Data
 
@@ -294,129 +293,6 @@ def test_a_student_learns_from_what_it_wrote_itself(
         distill(drawn(encoder), encoder, DistillSettings(on_policy=OnPolicy(), max_steps=1), rows)
 
 
-# Resuming, stopping, measuring.
-
-RESUMED: dict[str, Any] = {
-    "objectives": {"embedding-cosine": 1, "pairwise-similarity": 1, "attention-relations": {"weight": 0.1}},
-    "max_steps": 10,
-    "batch_size": 8,
-    "learning_rate": 3e-3,
-    "save_every": 2,
-}
-
-
-class Killed(Exception):
-    """Stands for whatever ends a process."""
-
-
-@pytest.mark.parametrize("at", [1, 5, 9])
-def test_a_killed_run_ends_in_the_same_weights(
-    tiny_checkpoint: TinyCheckpoint, read_rows: ReadRows, texts: list[str], tmp_path: Path, at: int
-) -> None:
-    teacher = bare(tiny_checkpoint, "bert")
-    data = read_rows(teacher, [{"text": text} for text in texts[:28]])  # an epoch ends within
-    settings = DistillSettings(**RESUMED)
-    work = tmp_path / "student.training"
-    whole = distill(drawn(teacher), teacher, settings, data)
-
-    def dying(done: int, total: int) -> None:
-        if done == at:
-            raise Killed
-
-    with pytest.raises(Killed):
-        distill(drawn(teacher), teacher, settings, data, Surroundings(work=work, progress=dying))
-    steps: list[int] = []
-    around = Surroundings(work=work, progress=lambda done, total: steps.append(done))
-    resumed = distill(drawn(teacher), teacher, settings, data, around)
-    assert steps[0] == (at - 1) // 2 * 2  # the last checkpoint before
-    assert resumed.hash == whole.hash
-    np.testing.assert_allclose(curves_of(resumed)["loss"], curves_of(whole)["loss"], rtol=1e-6)
-    assert not work.exists()
-
-
-def test_what_is_learnt_beside_the_student_is_resumed_too(
-    tiny_checkpoint: TinyCheckpoint, read_rows: ReadRows, texts: list[str], tmp_path: Path
-) -> None:
-    teacher = bare(tiny_checkpoint, "bert")
-    narrow = StudentSettings(layers=1, hidden_size=16, heads=2)
-    data = read_rows(teacher, [{"text": text} for text in texts])
-    settings = DistillSettings(objectives={"hidden-states": 1}, max_steps=6, batch_size=8, save_every=2)
-
-    def dying(done: int, total: int) -> None:
-        if done == 5:
-            raise Killed
-
-    whole = distill(draw_student(teacher, narrow), teacher, settings, data)
-    work = tmp_path / "work"
-    with pytest.raises(Killed):
-        distill(draw_student(teacher, narrow), teacher, settings, data, Surroundings(work=work, progress=dying))
-    resumed = distill(draw_student(teacher, narrow), teacher, settings, data, Surroundings(work=work))
-    assert resumed.hash == whole.hash
-
-
-def test_the_training_of_another_run_is_not_gone_on_with(
-    tiny_checkpoint: TinyCheckpoint, read_rows: ReadRows, texts: list[str], tmp_path: Path
-) -> None:
-    teacher = bare(tiny_checkpoint, "bert")
-    data = read_rows(teacher, [{"text": text} for text in texts])
-    work = tmp_path / "work"
-
-    def dying(done: int, total: int) -> None:
-        if done == 3:
-            raise Killed
-
-    with pytest.raises(Killed):
-        distill(drawn(teacher), teacher, DistillSettings(max_steps=4), data, Surroundings(work=work, progress=dying))
-    with pytest.raises(UsageError, match="unfinished training of another run: its settings is not the same"):
-        distill(drawn(teacher), teacher, DistillSettings(max_steps=5), data, Surroundings(work=work))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("keep me")
-    with pytest.raises(UsageError, match="holds something that is not a training"):
-        distill(drawn(teacher), teacher, DistillSettings(max_steps=5), data, Surroundings(work=tmp_path / "mine"))
-
-
-def test_the_best_weights_are_kept_and_patience_ends(
-    tiny_checkpoint: TinyCheckpoint, read_rows: ReadRows, texts: list[str]
-) -> None:
-    teacher = bare(tiny_checkpoint, "bert")
-    student = drawn(teacher)
-    data = read_rows(teacher, [{"text": text} for text in texts])
-    values = iter([0.2, 0.9, 0.5, 0.4, 0.3, 0.2])
-    states: list[str] = []
-
-    def measure(checkpoint: Checkpoint) -> dict[str, float]:
-        assert not checkpoint.module.training
-        states.append(hash_of_model(checkpoint.model))
-        return {"agreement": next(values)}
-
-    settings = DistillSettings(max_steps=12, batch_size=8, evaluate_every=2, patience=2)
-    after = distill(student, teacher, settings, data, Surroundings(evaluation=Evaluation(measure, "agreement", True)))
-    assert curves_of(after)["eval/agreement"] == [0.2, 0.9, 0.5, 0.4]
-    assert after.hash == states[1]
-    with pytest.raises(UsageError, match="patience needs data to measure on"):
-        distill(drawn(teacher), teacher, settings, data)
-
-
-def test_training_reports_to_tensorboard_and_mlflow(
-    tiny_checkpoint: TinyCheckpoint, read_rows: ReadRows, texts: list[str], tmp_path: Path, monkeypatch: Any
-) -> None:
-    teacher = bare(tiny_checkpoint, "bert")
-    data = read_rows(teacher, [{"text": text} for text in texts])
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    settings = DistillSettings(max_steps=2, batch_size=8)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'runs.db'}")
-    distill(drawn(teacher), teacher, settings, data, Surroundings(report_to=["tensorboard", "mlflow"]))
-    assert list((tmp_path / "board").rglob("events.out.tfevents.*"))
-    with sqlite3.connect(tmp_path / "runs.db") as database:
-        logged = {name for (name,) in database.execute("select key from metrics")}
-    assert {"loss", "objective/embedding-cosine", "learning_rate", "throughput"} <= logged
-    with pytest.raises(UsageError, match="no tracker 'wandb'"):
-        distill(drawn(teacher), teacher, settings, data, Surroundings(report_to=["wandb"]))
-    monkeypatch.setattr("limbeck.distill.distillation.is_importable", lambda name: False)
-    with pytest.raises(BackendUnavailable, match="mlflow is not installed"):
-        distill(drawn(teacher), teacher, settings, data, Surroundings(report_to=["mlflow"]))
-
-
 # What goes wrong.
 
 
@@ -433,26 +309,6 @@ def test_a_loss_that_is_no_number_stops_training(
     with pytest.raises(TrainingDiverged, match="The loss became nan at step 0") as caught:
         distill(student, teacher, DistillSettings(max_steps=5), data)
     assert caught.value.exit_code == 4
-
-
-def test_a_run_that_diverges_keeps_its_last_good_weights(
-    tiny_checkpoint: TinyCheckpoint, read_rows: ReadRows, texts: list[str], tmp_path: Path
-) -> None:
-    teacher = bare(tiny_checkpoint, "bert")
-    data = read_rows(teacher, [{"text": text} for text in texts])
-    student = drawn(teacher)
-
-    def poison(done: int, total: int) -> None:
-        if done == 5:
-            with torch.no_grad():
-                student.model.get_parameter("encoder.layer.0.output.dense.weight")[0, 0] = math.nan
-
-    work = tmp_path / "work"
-    settings = DistillSettings(max_steps=8, batch_size=8, save_every=2)
-    with pytest.raises(TrainingDiverged, match="at step 5") as caught:
-        distill(student, teacher, settings, data, Surroundings(work=work, progress=poison))
-    assert caught.value.hint is not None and str(work / "checkpoint-4") in caught.value.hint
-    assert (work / "checkpoint-4" / "model.safetensors").exists()
 
 
 def test_a_student_that_splits_text_otherwise_can_match_whole_texts_only(
