@@ -21,7 +21,7 @@ STEPS = DistillSettings(student=STUDENT, max_steps=900, batch_size=32, max_lengt
 DISTILLED = STEPS.model_copy(
     update={"objectives": {"logits-kl": {"weight": 1, "temperature": 2}, "hidden-states": {"layers": {-1: -1}}}}
 )
-LABELS = STEPS.model_copy(update={"objectives": {"labels": 1}, "max_steps": 650})  # 3 epochs: more steps overfit
+LABELS = STEPS.model_copy(update={"objectives": {"labels": 1}, "max_steps": 650})  # 3 epochs
 UNLABELLED = ("imdb_cad/train.jsonl.gz", "movie_reviews_long/train.jsonl.gz")
 
 
@@ -41,7 +41,7 @@ def more_text(teacher: Checkpoint, data: Path, out: Path) -> Data:
     texts = joined(data, ["sst2/train.jsonl.gz"])
     for review in joined(data, UNLABELLED):
         texts += [line.strip() for line in review.replace(" . ", " .\n").splitlines() if 20 < len(line.strip()) < 300]
-    return teacher.read(written(texts[: len(texts) // 1], out / "unlabelled.jsonl"))
+    return teacher.read(written(texts, out / "unlabelled.jsonl"))
 
 
 if __name__ == "__main__":

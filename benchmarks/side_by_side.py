@@ -44,6 +44,7 @@ def trained(
     *,
     student: Checkpoint | None = None,
     runtime: str = "eager",
+    cache: bool = False,
 ) -> Checkpoint:
     """The student of that name, trained if it is not there yet; says how long that took."""
     folder = out / name
@@ -51,6 +52,7 @@ def trained(
         started = time.monotonic()
         around = Surroundings(
             teacher_runtime=lambda recorded: teacher_runtime(recorded, runtime),
+            teacher_cache=out / f"{name}.teacher" if cache else None,
             work=out / f"{name}.training",
         )
         result = distill(teacher, settings, data, student=student, around=around, progress=_Lines(name))

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 Runtime = Callable[[Checkpoint], AbstractContextManager[TeacherCall]]
 """A teacher that records features -> its outputs, for as long as the context is open."""
 
-_SIMILARITY_ROWS = 128
+_TOKENS_A_CHANNEL = 8
+"""Layers are compared on so many times the tokens that they have channels: with fewer, everything looks alike."""
 _SIMILARITY_NUMBERS = 2**28
 """The most products of channels that the comparison of layers may hold: models beyond it are trained without."""
 _TRACKERS = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
@@ -116,10 +117,10 @@ class _Run:
         asked = build_objectives(weights, self.student.task, rows.has_labels)
         if taught and not same_tokens(self.student, self.teacher):
             _refuse_other_tokens(asked, self.student, self.teacher)
-        before = self._similarity(rows)
+        before = self._similarity(rows) if taught else None
         terms = bind(asked, self._sides(before), self.settings.seed)
         trained, curves = self._train(terms, rows)
-        after = self._similarity(rows)
+        after = self._similarity(rows) if before is not None else None
         similarity = None
         if before is not None and after is not None:
             similarity = LayerSimilarity(before=before.tolist(), after=after.tolist())
@@ -161,7 +162,8 @@ class _Run:
         channels = [len(anatomy_of(side.model).layers(side.model)) * side.model.config.hidden_size for side in sides]
         if channels[0] * channels[1] > _SIMILARITY_NUMBERS:
             return None
-        return layer_similarity(self.student, self.teacher, _first_batches(rows, self.settings.batch_size))
+        tokens = _TOKENS_A_CHANNEL * max(side.model.config.hidden_size for side in sides)
+        return layer_similarity(self.student, self.teacher, _first_batches(rows, self.settings.batch_size, tokens))
 
     def _train(self, terms: Sequence[Term], rows: TrainingData) -> tuple[PreTrainedModel, list[Curve]]:
         """Train, with everything that the student must get back afterwards put back."""
@@ -258,8 +260,9 @@ def _refuse_trackers(names: Sequence[str]) -> None:
             raise BackendUnavailable(f"{name} is not installed.", 'pip install "limbeck[tracking]"')
 
 
-def _first_batches(rows: TrainingData, size: int) -> Iterator[Batch]:
-    count = min(_SIMILARITY_ROWS, len(rows))
+def _first_batches(rows: TrainingData, size: int, tokens: int) -> Iterator[Batch]:
+    enough = int(np.searchsorted(np.cumsum(rows.lengths), tokens)) + 1
+    count = min(enough, len(rows))
     for start in range(0, count, size):
         yield rows.batch(range(start, min(start + size, count)))
 
