@@ -26,7 +26,7 @@ Examples:
   limbeck distill ./bert-sst2 --data train.csv --column text=sentence --layers 0,5,11 \\
       --objective 'logits-kl={weight: 1, temperature: 4}' --objective labels=0.5 \\
       --eval-data dev.csv --patience 3 --out student
-  accelerate launch --num_processes 2 -m limbeck distill ./minilm --data texts.jsonl --layers 3 --out student
+  accelerate launch --multi_gpu --num_processes 2 -m limbeck distill ./minilm --data t.jsonl --layers 3 --out student
 
 \b
 The same command after an interruption goes on from its last checkpoint, which lies in OUT.training until it has ended.

@@ -155,7 +155,8 @@ class RecipeRun:
         elif stage.distill is not None:
             if stage.distill.student is not None:
                 self.progress.say("drawing the student")
-                student = draw_student(self._checkpoint(start, folders), stage.distill.student, data, stage.distill.seed)
+                source, settings = self._checkpoint(start, folders), stage.distill
+                student = draw_student(source, stage.distill.student, data, settings.seed)
             else:
                 student = self._checkpoint(start, folders, fresh=True)
             self._train(stage, folders, student, folder.with_name(f"{folder.name}.training")).save(folder)
