@@ -3,7 +3,8 @@
     LIMBECK_DATA=... LIMBECK_MODELS=... python benchmarks/distillation_sentiment.py --out DIR
 
 Teacher: `sst2-minilm` (6 layers). Both students start as its layers 0, 2 and 5 and learn at the same rate: one for
-three epochs from labels, the other from its teacher on those texts and unlabelled sentences. Measured on SST-2 validation.
+three epochs from labels, the other from its teacher on those texts and on unlabelled sentences. Measured on SST-2
+validation.
 """
 
 from __future__ import annotations
