@@ -20,11 +20,11 @@ from limbeck.models.data import Data
 from limbeck.recipes.sources import Sources
 
 TASK = "token-classification"
-TEACHER = DistillSettings(objectives={"labels": 1}, max_steps=420, max_length=64, learning_rate=2e-4, batch_size=16)
+TEACHER = DistillSettings(objectives={"labels": 1}, max_steps=320, max_length=64, learning_rate=2e-4, batch_size=16)
 STUDENT = DistillSettings(
     student=StudentSettings(layers=[0, 2, 5]),
     objectives={"logits-kl": {"weight": 1, "temperature": 2}, "hidden-states": {"layers": {-1: -1}}, "labels": 0.5},
-    max_steps=420,
+    max_steps=320,
     max_length=64,
     learning_rate=4e-4,
     batch_size=16,

@@ -16,7 +16,7 @@ from limbeck.models.checkpoint import load_checkpoint
 TRAINING_TEXT = ("gutenberg/train.jsonl.gz", "us_presidential/train.jsonl.gz", "tinyshakespeare/train.jsonl.gz")
 SETTINGS = DistillSettings(
     student=StudentSettings(layers=[0, 2, 4, 7]),
-    max_steps=300,
+    max_steps=240,
     batch_size=4,
     max_length=256,
     learning_rate=1e-3,

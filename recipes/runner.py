@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from .sources import Sources
 
 if TYPE_CHECKING:
     from ..distill.distillation import Surroundings
+    from ..distill.teacher import TeacherCall
     from ..distill.trainer import Evaluation
     from ..models.checkpoint import Checkpoint
     from ..models.data import Data
@@ -57,6 +59,7 @@ class RecipeRun:
         self._sources = Sources(self.recipe_folder)
         self._teacher_path = self._sources.model(self.recipe.teacher)
         self._loaded: dict[str, Any] = {}
+        self._open = ExitStack()
 
     def run(self) -> Report:
         """Every stage, export and measurement, then the gates and the report.
@@ -65,6 +68,10 @@ class RecipeRun:
             UsageError: a constraint that cannot be met, found before anything is trained.
             LimbeckError: whatever stops a stage; the stages before it stay.
         """
+        with self._open:
+            return self._run()
+
+    def _run(self) -> Report:
         self._keys = Keys(self.recipe, self._sources, self._teacher_path)
         self._key_of = self._keys.everything()
         folders = {name: folder_of(self.out, name, key) for name, key in self._key_of.items()}
@@ -174,16 +181,26 @@ class RecipeRun:
         teacher = self._checkpoint(stage.teacher or "teacher", folders)
         return distill(student, teacher, stage.training, self._training_data(stage), self._surroundings(stage, work))
 
+    @contextmanager
+    def _runtime(self, recorded: Checkpoint) -> Iterator[TeacherCall]:
+        """The teacher in the recipe's runtime, compiled once for all stages that read the same of it."""
+        from .teachers import teacher_runtime
+
+        key = f"{recorded.hash} {recorded.recorded}"
+        if key not in self._loaded:
+            runtime = teacher_runtime(recorded, self.recipe.teacher_runtime, self.progress)
+            self._loaded[key] = self._open.enter_context(runtime)
+        yield self._loaded[key]
+
     def _surroundings(self, stage: Stage, work: Path) -> Surroundings:
         from ..distill.distillation import Surroundings
-        from .teachers import teacher_runtime
 
         assert stage.training is not None
         cache = None
         if self.recipe.teacher_cache:
             cache = self.out / _TEACHER_OUTPUTS / self._keys.teacher_outputs(stage, self._key_of)[:12]
         return Surroundings(
-            teacher_runtime=lambda recorded: teacher_runtime(recorded, self.recipe.teacher_runtime, self.progress),
+            teacher_runtime=self._runtime,
             teacher_cache=cache,
             evaluation=self._evaluation(stage.training.metric) if stage.chooses_weights else None,
             work=work,
