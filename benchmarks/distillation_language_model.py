@@ -14,11 +14,12 @@ from limbeck.distill.settings import DistillSettings, StudentSettings
 from limbeck.models.checkpoint import load_checkpoint
 
 TRAINING_TEXT = ("gutenberg/train.jsonl.gz", "us_presidential/train.jsonl.gz", "tinyshakespeare/train.jsonl.gz")
+WINDOW = 256
 SETTINGS = DistillSettings(
     student=StudentSettings(layers=[0, 2, 4, 7]),
     max_steps=240,
     batch_size=4,
-    max_length=256,
+    max_length=WINDOW,
     learning_rate=1e-3,
 )
 STUDENTS = {
@@ -35,6 +36,8 @@ def main() -> None:
         name: trained(name, teacher, SETTINGS.model_copy(update={"objectives": objectives}), text, chosen.out)
         for name, objectives in STUDENTS.items()
     }
+    for model in (teacher, *students.values()):
+        model.tokenizer.model_max_length = WINDOW  # what the teacher was trained at; its positions go further
     compare(teacher, students, teacher.read(chosen.data / "gutenberg" / "validation.jsonl.gz"), chosen.out)
 
 
