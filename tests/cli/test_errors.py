@@ -441,7 +441,7 @@ def test_a_training_killed_before_its_first_checkpoint_leaves_nothing(model: Pat
 def test_a_killed_training_goes_on_when_the_command_is_typed_again(
     limbeck: Limbeck, model: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    words = ("distill", model, "--data", text_file, "--layers", 1, "--max-steps", 4000, "--save-every", 5)
+    words = ("distill", model, "--data", text_file, "--layers", 1, "--max-steps", 300, "--save-every", 5)
     process = start(*words, "--out", tmp_path / "student")
     work = tmp_path / "student.training"
     deadline = time.monotonic() + 120
@@ -451,9 +451,17 @@ def test_a_killed_training_goes_on_when_the_command_is_typed_again(
     process.communicate(timeout=60)
     assert process.returncode == 130
     reached = max(int(folder.name.partition("-")[2]) for folder in work.glob("checkpoint-*"))
-    assert not (tmp_path / "student").exists() and 5 <= reached < 4000
+    assert not (tmp_path / "student").exists() and 5 <= reached < 300
     other = limbeck(*words, "--seed", 3, "--out", tmp_path / "student")
     assert_refused(other, 2, "unfinished training of another run", "Delete the folder")
+    for state in work.glob("checkpoint-*/trainer_state.json"):  # a mark that only a run that goes on would carry along
+        held = json.loads(state.read_text())
+        held["log_history"][0]["loss"] = 123.0
+        state.write_text(json.dumps(held))
+    assert limbeck(*words, "--out", tmp_path / "student").code == 0
+    (step,) = json.loads((tmp_path / "student" / "lineage.json").read_text())["steps"]
+    (loss,) = (curve for curve in step["curves"] if curve["name"] == "loss")
+    assert (loss["values"][0], loss["steps"][-1]) == (123.0, 300) and not work.exists()
 
 
 def test_a_reader_that_leaves_changes_nothing(limbeck: Limbeck, model: Path) -> None:
