@@ -231,7 +231,6 @@ class _Run:
         )
         return DistillationTrainer(
             module=module,
-            student=self.student,
             teacher=teacher,
             args=arguments,
             data=rows,

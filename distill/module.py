@@ -89,8 +89,10 @@ class Distillation(nn.Module):
 
     def __init__(self, student: Checkpoint, terms: Sequence[Term]) -> None:
         super().__init__()
-        self._checkpoint = student.recording(student_features(terms))
-        self.student = self._checkpoint.module
+        self.checkpoint = student
+        """The student as it stands, without what is recorded while it trains."""
+        self._recorded = student.recording(student_features(terms))
+        self.student = self._recorded.module
         self.terms = list(terms)
         self.learned = nn.ModuleDict({term.name: term.learned for term in terms if term.learned is not None})
         self._no_split_modules = student.model._no_split_modules  # what FSDP wraps one by one
@@ -103,8 +105,8 @@ class Distillation(nn.Module):
             teacher: what `TeacherViews` gives for the same rows.
             done: share of the training that is behind, 0 to 1.
         """
-        task = self._checkpoint.task
-        outputs = self.student(**self._checkpoint.model_inputs(batch), **task.forward_flags())
+        task = self._recorded.task
+        outputs = self.student(**self._recorded.model_inputs(batch), **task.forward_flags())
         values: dict[str, torch.Tensor] = {}
         with torch.autocast(batch["input_ids"].device.type, enabled=False):  # objectives are sums of small differences
             for term in self.terms:

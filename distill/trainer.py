@@ -63,7 +63,6 @@ class DistillationTrainer(Trainer):
         self,
         *,
         module: Distillation,
-        student: Checkpoint,
         teacher: Callable[[Batch], Outputs] | None,
         args: TrainingArguments,
         data: TrainingData,
@@ -71,9 +70,9 @@ class DistillationTrainer(Trainer):
         on_policy: OnPolicyText | None,
         callbacks: list[TrainerCallback],
     ) -> None:
-        self._student, self._teacher, self._evaluation, self._on_policy = student, teacher, evaluation, on_policy
-        self._data = data
-        self._prefix = next(f"{name}." for name, part in module.named_modules() if part is student.model)
+        self._student, self._teacher, self._data = module.checkpoint, teacher, data
+        self._evaluation, self._on_policy = evaluation, on_policy
+        self._prefix = next(f"{name}." for name, part in module.named_modules() if part is self._student.model)
         self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
         self._batches, self._rows, self._since = 0, 0, time.monotonic()
         super().__init__(
