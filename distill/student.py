@@ -11,6 +11,7 @@ from ..errors import UsageError
 from ..models.anatomy import Anatomy, anatomy_of
 from ..models.checkpoint import Checkpoint, hash_of_model
 from ..models.data import Data
+from ..models.shapes import uniform_shapes_of
 from ..models.surgery import HeadSelection, Selection, select, strongest
 from .inheritance import Importance
 from .scratch import scratch_model
@@ -124,8 +125,11 @@ class _Sizes:
 
 def _sizes(model: PreTrainedModel, settings: StudentSettings) -> _Sizes:
     anatomy = anatomy_of(model)
-    width, heads = int(model.config.hidden_size), int(getattr(model.config, anatomy.heads))
-    size, ffn = anatomy.head_size_of(model), anatomy.ffn(model)[0].width
+    width, size = int(model.config.hidden_size), anatomy.head_size_of(model)
+    if not any((settings.hidden_size, settings.heads, settings.ffn)):
+        return _Sizes(width=None, heads=None, groups=0, head_size=size, ffn=None)
+    shape = uniform_shapes_of(model)
+    heads, ffn = shape.heads, shape.ffn
     for name, asked, most in (
         ("hidden_size", settings.hidden_size, width),
         ("heads", settings.heads, heads),
@@ -179,9 +183,10 @@ def _heads_that_make(width: int, heads: int | None, model: PreTrainedModel, anat
 def _groups_for(heads: int, model: PreTrainedModel, anatomy: Anatomy) -> int:
     """The most key-value heads, up to the teacher's, that so many heads can share evenly, no more heads to each than in
     the teacher."""
+    shape = uniform_shapes_of(model)
     if anatomy.key_value_heads is None:
         return heads
-    groups, shared = int(getattr(model.config, anatomy.key_value_heads)), anatomy.heads_per_group(model)
+    groups, shared = shape.key_value_heads, shape.heads // shape.key_value_heads
 
     def most(count: int) -> int | None:
         return next((n for n in range(groups, 0, -1) if count % n == 0 and count // n <= shared), None)
@@ -202,12 +207,13 @@ def _chosen_heads(
     """The heads that stay of each of these layers, and the channels of each where heads get narrower."""
     anatomy = anatomy_of(model)
     assert sizes.heads is not None
+    shape = uniform_shapes_of(model)
     scores = [importance.heads(layer) for layer in layers]
     if anatomy.relative_bias is not None:  # the layers share a bias for each head, so they keep the same heads
         scores = [torch.stack(scores).sum(dim=0)] * len(layers)
     chosen = []
     for layer, score in zip(layers, scores, strict=True):
-        query, key_value = _grouped(score, sizes.heads, sizes.groups, anatomy.heads_per_group(model))
+        query, key_value = _grouped(score, sizes.heads, sizes.groups, shape.heads // shape.key_value_heads)
         narrower = sizes.head_size < anatomy.head_size_of(model)
         chosen.append(
             HeadSelection(

@@ -116,14 +116,17 @@ class Anatomy:
         return f"{self.prefix(model)}{self.layer_list}"
 
     def head_size_of(self, model: PreTrainedModel) -> int:
-        """Channels of one attention head."""
-        output = _linear(self.layers(model)[0], self.output)
-        return in_features(output) // int(getattr(model.config, self.heads))
+        """Channels of one attention head; the same in every layer."""
+        attention = self.layers(model)[0].get_submodule(self.attention)
+        return int(getattr(attention, "attention_head_size", None) or getattr(attention, "head_dim"))  # noqa: B009
 
-    def heads_per_group(self, model: PreTrainedModel) -> int:
-        """Query heads that share one key-value head; 1 where none do."""
-        heads = int(getattr(model.config, self.heads))
-        return heads // int(getattr(model.config, self.key_value_heads)) if self.key_value_heads else 1
+    def heads_of(self, layer: nn.Module, size: int) -> int:
+        """Query heads of a layer whose heads have `size` channels."""
+        return in_features(_linear(layer, self.output)) // size
+
+    def key_value_heads_of(self, layer: nn.Module, size: int) -> int:
+        """Key-value heads of a layer; as many as query heads where none are shared."""
+        return out_features(_linear(layer, self.key)) // size if self.key else self.heads_of(layer, size)
 
     def ffn(self, model: PreTrainedModel) -> list[FfnBlock]:
         """The feed-forward block of every layer, first layer first."""

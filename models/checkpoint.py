@@ -23,6 +23,8 @@ from .data import Data, read_data
 from .embedding import MODULES_FILE, Pooling, read_pooling
 from .features import FeatureRecorder
 from .lineage import TRACE_FILE, TRAINING_ROWS_FILE, Lineage, Step, trace_lines
+from .shapes import KEY as SHAPES_KEY
+from .shapes import class_for
 from .tasks import TASKS, Task, get_task
 
 if TYPE_CHECKING:
@@ -256,11 +258,11 @@ def _guess_task(config: Mapping[str, Any], folder: Path) -> str:
 def _load_model(folder: Path, task: Task, config: Mapping[str, Any], trust_remote_code: bool) -> PreTrainedModel:
     import transformers
 
-    auto = getattr(transformers, task.auto_class)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is checked below
     try:
-        model, report = auto.from_pretrained(
+        auto = getattr(transformers, task.auto_class)
+        model, report = _class_of(folder, auto, config).from_pretrained(
             folder,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -278,6 +280,17 @@ def _load_model(folder: Path, task: Task, config: Mapping[str, Any], trust_remot
             f"Choose the task it was trained for (--task), one of {', '.join(TASKS)}.",
         )
     return model.eval()
+
+
+def _class_of(folder: Path, auto: Any, config: Mapping[str, Any]) -> Any:
+    """What loads the model: transformers' own choice, or one of ours for sizes that a configuration cannot say."""
+    import transformers
+
+    if SHAPES_KEY not in config:
+        return auto
+    known = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return class_for(type(auto.from_config(known)), known)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -1,7 +1,7 @@
 """Taking parts of a model: layers, attention heads, feed-forward channels, channels of the residual stream.
 
-What comes out is a new model of the same class whose configuration says its sizes, so that plain `from_pretrained`
-loads it. Nothing is masked: matrices get smaller.
+What comes out is a new model of the same class. Nothing is masked: matrices get smaller. Where its configuration can
+say the new sizes plain `from_pretrained` loads it; where it cannot (see `shapes.py`), `load_checkpoint` does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from ..errors import InputError, UsageError
 from .anatomy import Anatomy, anatomy_of
+from .shapes import LayerShape, Shapes, class_for, describe, shapes_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -43,8 +44,8 @@ class HeadSelection:
 
 @dataclass(frozen=True)
 class Selection:
-    """What stays of a model; `None` stands for everything. Lists have one entry for each layer that stays, in order,
-    and all their entries are equally long, since a configuration has one number for all layers."""
+    """What stays of a model; `None` stands for everything. Lists have one entry for each layer that stays, in order;
+    their entries may differ in length."""
 
     layers: Sequence[int] | None = None
     """Which layers, from 0, each once, in order."""
@@ -72,7 +73,7 @@ def select(model: PreTrainedModel, selection: Selection) -> PreTrainedModel:
     the square root of the head size.
 
     Raises:
-        UsageError: layers that are not there, twice or out of order, or sizes that the configuration cannot say.
+        UsageError: layers that are not there, twice or out of order, or parts that cannot be without each other.
         InputError: an architecture that is not in the anatomy table.
     """
     anatomy = anatomy_of(model)
@@ -85,7 +86,7 @@ def select(model: PreTrainedModel, selection: Selection) -> PreTrainedModel:
             f"The layers {layers} cannot be drawn: layer 0 of a {model.config.model_type} is unlike the others, so it "
             "must be the first."
         )
-    cuts = _cuts_of(model, anatomy, selection, len(layers))
+    cuts = _cuts_of(model, anatomy, selection, layers)
     width = int(model.config.hidden_size)
     for name, tensor in state.items():
         for axis, kept in cuts[name].items():
@@ -125,29 +126,32 @@ def _config_of(model: PreTrainedModel, anatomy: Anatomy, layers: list[int], sele
         if getattr(config, "layer_types", None):  # families that alternate kinds of attention
             config.layer_types = [config.layer_types[index] for index in layers]
     if selection.channels is not None:
-        _set_width(config, anatomy.ffn(model)[0].width, len(selection.channels), anatomy)
-    if selection.ffn is not None:
-        setattr(config, anatomy.ffn_width, _one_size([len(kept) for kept in selection.ffn], "feed-forward channels"))
-    size = anatomy.head_size_of(model)
-    if selection.heads is not None:
-        setattr(config, anatomy.heads, _one_size([len(kept.query) for kept in selection.heads], "heads"))
-        if anatomy.key_value_heads is not None:
-            groups = _one_size([len(kept.key_value) for kept in selection.heads], "key-value heads")
-            setattr(config, anatomy.key_value_heads, groups)
-        channels = [kept.score_channels for kept in selection.heads if kept.score_channels is not None]
-        size = channels[0].shape[1] if channels else size
-    if anatomy.head_size is not None:
-        if selection.heads is not None or selection.channels is not None:
-            setattr(config, anatomy.head_size, size)  # not left to width / heads any more
-    elif getattr(config, anatomy.heads) * size != config.hidden_size:
-        raise UsageError(
-            f"{getattr(config, anatomy.heads)} heads of {size} channels do not make a width of {config.hidden_size}, "
-            f"and the configuration of a {config.model_type} has no head size of its own."
-        )
+        _set_width(config, len(selection.channels))
+    describe(config, _shapes_after(shapes_of(model), layers, selection), anatomy)
     return config
 
 
-def _set_width(config: PretrainedConfig, ffn: int, width: int, anatomy: Anatomy) -> None:
+def _shapes_after(before: Shapes, layers: list[int], selection: Selection) -> Shapes:
+    """The sizes of what stays, layer by layer."""
+    kept = [before.layers[index] for index in layers]
+    if selection.ffn is not None:
+        pairs = zip(kept, selection.ffn, strict=True)
+        kept = [shape.model_copy(update={"ffn": len(channels)}) for shape, channels in pairs]
+    size = before.head_size
+    if selection.heads is not None:
+        pairs_of_heads = zip(kept, selection.heads, strict=True)
+        kept = [
+            LayerShape(heads=len(heads.query), key_value_heads=len(heads.key_value), ffn=shape.ffn)
+            for shape, heads in pairs_of_heads
+        ]
+        sizes = {heads.score_channels.shape[1] for heads in selection.heads if heads.score_channels is not None}
+        if len(sizes) > 1:
+            raise UsageError(f"Heads have to be of one size in every layer; asked for were {sorted(sizes)} channels.")
+        size = sizes.pop() if sizes else size
+    return Shapes(head_size=size, layers=kept)
+
+
+def _set_width(config: PretrainedConfig, width: int) -> None:
     if getattr(config, "embedding_size", None) is not None:  # ELECTRA projects only where the two differ
         if config.embedding_size == config.hidden_size:
             config.embedding_size = width
@@ -158,13 +162,6 @@ def _set_width(config: PretrainedConfig, ffn: int, width: int, anatomy: Anatomy)
                 "Choose another hidden_size.",
             )
     config.hidden_size = width
-    setattr(config, anatomy.ffn_width, ffn)  # GPT-2's follows the width where it is None
-
-
-def _one_size(sizes: list[int], what: str) -> int:
-    if len(set(sizes)) != 1:
-        raise UsageError(f"Every layer has to keep as many {what}; asked for were {', '.join(map(str, sizes))}.")
-    return sizes[0]
 
 
 def _empty(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
@@ -175,7 +172,7 @@ def _empty(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
         reason = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
         raise UsageError(f"transformers refuses these sizes: {reason}") from error
     with torch.random.fork_rng():  # what it draws is overwritten: nobody's random numbers move
-        smaller: PreTrainedModel = type(model)(config)
+        smaller: PreTrainedModel = class_for(type(model), config)(config)
     if getattr(model, "pooler", None) is None and getattr(smaller, "pooler", None) is not None:
         setattr(smaller, "pooler", None)  # noqa: B010  # mypy knows modules and tensors only
     if getattr(model, "generation_config", None) is not None:
@@ -196,15 +193,17 @@ def _state_of_layers(model: PreTrainedModel, anatomy: Anatomy, layers: list[int]
     return state
 
 
-def _cuts_of(model: PreTrainedModel, anatomy: Anatomy, selection: Selection, depth: int) -> _Cuts:
+def _cuts_of(model: PreTrainedModel, anatomy: Anatomy, selection: Selection, layers: list[int]) -> _Cuts:
     """What to cut along the axes that do not follow the residual stream."""
     cuts: _Cuts = defaultdict(dict)
-    for index in range(depth):
-        prefix = f"{anatomy.layers_name(model)}.{index}."
+    shapes = shapes_of(model)
+    for index, source in enumerate(layers):
+        prefix, shape = f"{anatomy.layers_name(model)}.{index}.", shapes.layers[source]
         if selection.ffn is not None:
-            _cut_ffn(cuts, anatomy, prefix, selection.ffn[index], anatomy.ffn(model)[0].width)
+            _cut_ffn(cuts, anatomy, prefix, selection.ffn[index], shape.ffn)
         if selection.heads is not None:
-            _cut_heads(cuts, anatomy, prefix, selection.heads[index], model)
+            _check_groups(selection.heads[index], shape)
+            _cut_heads(cuts, anatomy, prefix, selection.heads[index], (shape.heads, shapes.head_size))
     if selection.heads is not None and anatomy.relative_bias is not None:
         kept = selection.heads[0].query
         if any(not torch.equal(kept, other.query) for other in selection.heads):
@@ -224,24 +223,23 @@ def _cut_ffn(cuts: _Cuts, anatomy: Anatomy, prefix: str, kept: torch.Tensor, wid
     _cut_inputs(cuts, anatomy, prefix + anatomy.down, kept)
 
 
-def _cut_heads(cuts: _Cuts, anatomy: Anatomy, prefix: str, kept: HeadSelection, model: PreTrainedModel) -> None:
-    size = anatomy.head_size_of(model)
-    _check_groups(kept, model, anatomy)
+def _cut_heads(cuts: _Cuts, anatomy: Anatomy, prefix: str, kept: HeadSelection, before: tuple[int, int]) -> None:
+    """`before`: how many heads the layer had, and their size."""
+    size, inner = before[1], before[0] * before[1]
     query = _channels_of(kept.query, kept.score_channels, size)
     key = _channels_of(kept.key_value, kept.score_channels, size)
     value = _channels_of(kept.key_value, kept.value_channels, size)
     if anatomy.qkv is not None:
-        third = size * int(getattr(model.config, anatomy.heads))
-        _cut_outputs(cuts, anatomy, prefix + anatomy.qkv, torch.cat([query, key + third, value + 2 * third]))
+        _cut_outputs(cuts, anatomy, prefix + anatomy.qkv, torch.cat([query, key + inner, value + 2 * inner]))
     else:
         for name, rows in ((anatomy.query, query), (anatomy.key, key), (anatomy.value, value)):
             _cut_outputs(cuts, anatomy, f"{prefix}{name}", rows)
     _cut_inputs(cuts, anatomy, prefix + anatomy.output, _channels_of(kept.query, kept.value_channels, size))
 
 
-def _check_groups(kept: HeadSelection, model: PreTrainedModel, anatomy: Anatomy) -> None:
+def _check_groups(kept: HeadSelection, shape: LayerShape) -> None:
     """Refuse heads whose keys and values would be another group's once the groups are counted anew."""
-    shared = anatomy.heads_per_group(model)
+    shared = shape.heads // shape.key_value_heads
     into = torch.repeat_interleave(kept.key_value, len(kept.query) // max(len(kept.key_value), 1))
     if not torch.equal(kept.query // shared, into):
         raise UsageError(
@@ -276,7 +274,7 @@ def _rescale_queries(model: PreTrainedModel, smaller: PreTrainedModel, anatomy: 
             continue
         name = anatomy.query or anatomy.qkv or ""
         module: Any = anatomy.layers(smaller)[index].get_submodule(name)
-        rows = size * int(getattr(smaller.config, anatomy.heads))
+        rows = size * anatomy.heads_of(anatomy.layers(smaller)[index], size)
         (module.weight[:, :rows] if anatomy.transposed else module.weight[:rows]).mul_(factor)
         if module.bias is not None:
             module.bias[:rows].mul_(factor)

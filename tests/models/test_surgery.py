@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import PreTrainedModel
 
-from limbeck.errors import UsageError
+from limbeck.errors import InputError, UsageError
 from limbeck.models.anatomy import ANATOMIES, anatomy_of
 from limbeck.models.checkpoint import hash_of_model, load_checkpoint
+from limbeck.models.shapes import KEY, shapes_of
 from limbeck.models.surgery import HeadSelection, Selection, select, strongest
 
 TinyCheckpoint = Callable[..., Path]
@@ -46,7 +50,8 @@ def answer(model: PreTrainedModel) -> torch.Tensor:
 
 
 def heads_of(model: PreTrainedModel, query: list[int], **channels: torch.Tensor) -> HeadSelection:
-    shared = anatomy_of(model).heads_per_group(model)
+    first = shapes_of(model).layers[0]
+    shared = first.heads // first.key_value_heads
     key_value = sorted({head // shared for head in query})
     return HeadSelection(torch.tensor(query), torch.tensor(key_value), **channels)
 
@@ -123,28 +128,29 @@ def some_of(count: int, least: int, most: int) -> st.SearchStrategy[list[int]]:
 @settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_is_removed_is_what_was_zeroed(family: str, data: st.DataObject, tiny_checkpoint: TinyCheckpoint) -> None:
-    """Heads, feed-forward and residual channels at once; heads get fewer, or narrower where positions allow it."""
+    """Heads, feed-forward and residual channels at once, other sizes in every layer; heads get fewer, or narrower where
+    positions allow it."""
     model = tiny(tiny_checkpoint, family)
     anatomy = anatomy_of(model)
     narrow = family not in ROTARY and data.draw(st.booleans())
-    free = anatomy.head_size is not None  # heads and width do not depend on each other
-    channels = torch.tensor(data.draw(some_of(WIDTH, 8, 8) if free else some_of(WIDTH, 24, 24)))
-    grouped = anatomy.heads_per_group(model) > 1
-    pairs = st.sampled_from([[0, 1], [2, 3], [0, 2], [1, 2], [1, 3], [0, 1, 2, 3]])
-    choices = pairs if grouped else some_of(HEADS, 3, 3)
-    first = list(range(HEADS)) if narrow else data.draw(choices)
+    channels = torch.tensor(
+        data.draw(some_of(WIDTH, 8, WIDTH - 1).filter(lambda kept: family != "electra" or len(kept) != 16))
+    )
+    shape = shapes_of(model).layers[0]
+    grouped = shape.heads != shape.key_value_heads
+    whole_groups = st.sampled_from([[0, 1], [2, 3], [0, 2], [1, 2], [1, 3], [0], [3], [0, 1, 2, 3]])
+    choices = whole_groups if grouped else some_of(HEADS, 1, HEADS)
+    shared = list(range(HEADS)) if narrow else data.draw(choices)
+    size = data.draw(st.integers(2, SIZE))
     all_heads, all_ffn = [], []
-    width = data.draw(st.integers(1, FFN))
     for _ in range(2):
-        chosen = first
-        if not narrow and anatomy.relative_bias is None and not grouped:
-            chosen = data.draw(choices)
         if narrow:
-            six = st.lists(some_of(SIZE, 6, 6), min_size=HEADS, max_size=HEADS).map(torch.tensor)
-            all_heads.append(heads_of(model, chosen, score_channels=data.draw(six), value_channels=data.draw(six)))
-        else:
-            all_heads.append(heads_of(model, chosen))
-        all_ffn.append(torch.tensor(data.draw(some_of(FFN, width, width))))
+            some = st.lists(some_of(SIZE, size, size), min_size=HEADS, max_size=HEADS).map(torch.tensor)
+            channels_of_heads = {"score_channels": data.draw(some), "value_channels": data.draw(some)}
+            all_heads.append(heads_of(model, shared, **channels_of_heads))
+        else:  # the layers of an MPNet share a bias for each head
+            all_heads.append(heads_of(model, shared if anatomy.relative_bias else data.draw(choices)))
+        all_ffn.append(torch.tensor(data.draw(some_of(FFN, 1, FFN))))
     selection = Selection(channels=channels, heads=all_heads, ffn=all_ffn)
     # What narrower heads scale their scores by belongs to the removal; the reference still divides by the full size.
     expected = answer(reference(model, selection))[..., channels]
@@ -198,6 +204,53 @@ def test_what_stays_saves_and_loads_with_plain_transformers(
     assert hash_of_model(model) == before
 
 
+@every_family
+@pytest.mark.parametrize("task", ["language", "text-classification"])
+def test_sizes_that_a_configuration_cannot_say_load_with_one_call(
+    family: str, task: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    task = task if task != "language" else "text-generation" if family in DECODERS else "fill-mask"
+    checkpoint = load_checkpoint(tiny_checkpoint(family, task), task)
+    heads = [[0], [0]] if family == "mpnet" else [[0], [0, 2, 3] if family not in DECODERS[1:] else [0, 3]]
+    selection = Selection(
+        heads=[heads_of(checkpoint.model, kept) for kept in heads], ffn=[torch.arange(24), torch.arange(3, 40)]
+    )
+    uneven = replace(checkpoint, model=select(checkpoint.model, selection))
+    uneven.save(tmp_path / "uneven")
+    loaded = load_checkpoint(tmp_path / "uneven")
+    assert torch.equal(answer(loaded.model), answer(uneven.model))
+    assert loaded.hash == hash_of_model(uneven.model)
+    assert [layer.ffn for layer in shapes_of(loaded.model).layers] == [24, 37]
+    assert [layer.heads for layer in shapes_of(loaded.model).layers] == [len(kept) for kept in heads]
+    assert type(loaded.model).__name__ == type(checkpoint.model).__name__
+    assert torch.equal(answer(copy.deepcopy(loaded.model)), answer(loaded.model))
+    again = select(loaded.model, Selection(layers=[0]))
+    assert torch.equal(answer(select(uneven.model, Selection(layers=[0]))), answer(again))
+    with pytest.raises(RuntimeError, match="mismatch"):
+        type(checkpoint.model).from_pretrained(tmp_path / "uneven")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        ({"head_size": 8, "layers": []}, "limbeck.layers"),
+        ({"head_size": 8, "layers": [{"heads": 2, "key_value_heads": 2, "ffn": 8}]}, "sizes for 1 layers"),
+        ({"head_size": 8, "layers": [{"heads": 10**9, "key_value_heads": 2, "ffn": 8}] * 2}, "layers.0.heads"),
+        ({"head_size": 8, "layers": [{"heads": 3, "key_value_heads": 2, "ffn": 8}] * 2}, "cannot share evenly"),
+        (["import os"], "did not write"),
+    ],
+)
+def test_sizes_from_elsewhere_are_checked(
+    shapes: Any, said: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint("bert"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, KEY: shapes}))
+    with pytest.raises(InputError, match=said):
+        load_checkpoint(folder)
+
+
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40), st.data())
 def test_the_strongest_channels_stay(values: list[float], data: st.DataObject) -> None:
     scores, count = torch.tensor(values), data.draw(st.integers(1, len(values)))
@@ -240,19 +293,11 @@ def test_layers_that_are_not_there_cannot_be_taken(tiny_checkpoint: TinyCheckpoi
         select(tiny(tiny_checkpoint, "bert"), Selection(layers=layers))
 
 
-def test_sizes_that_a_configuration_cannot_say_are_refused(tiny_checkpoint: TinyCheckpoint) -> None:
-    bert, mpnet, llama, electra = (tiny(tiny_checkpoint, name) for name in ("bert", "mpnet", "llama", "electra"))
-    with pytest.raises(UsageError, match="as many feed-forward channels; asked for were 8, 16"):
-        select(bert, Selection(ffn=[torch.arange(8), torch.arange(16)]))
-    with pytest.raises(UsageError, match="4 heads of 8 channels do not make a width of 16"):
-        select(bert, Selection(channels=torch.arange(16)))
-    with pytest.raises(UsageError, match="3 heads of 8 channels do not make a width of 32"):
-        select(bert, Selection(heads=[heads_of(bert, [0, 1, 2])] * 2))
+def test_parts_that_cannot_be_without_each_other_are_refused(tiny_checkpoint: TinyCheckpoint) -> None:
+    mpnet, llama, electra = (tiny(tiny_checkpoint, name) for name in ("mpnet", "llama", "electra"))
     with pytest.raises(UsageError, match="must keep the same heads"):
         select(mpnet, Selection(channels=torch.arange(16), heads=[heads_of(mpnet, [0, 1]), heads_of(mpnet, [0, 2])]))
     with pytest.raises(UsageError, match="must keep as many heads as the others"):
         select(llama, Selection(heads=[HeadSelection(torch.arange(2), torch.arange(2))] * 2))
-    with pytest.raises(UsageError, match=r"refuses these sizes: The hidden size .27. is not a multiple"):
-        select(llama, Selection(channels=torch.arange(27)))
     with pytest.raises(UsageError, match="has no projection after them"):
         select(electra, Selection(channels=torch.arange(16), heads=[heads_of(electra, [0, 1])] * 2))
