@@ -9,9 +9,10 @@ STAMP := $(VENV)/.installed
 quickstart: $(STAMP)
 	$(BIN)/limbeck quickstart
 
-# One thread a process: tiny models gain nothing from more, and idle OpenMP threads spin against the processes beside them.
+# A process a core and one thread a process: tiny models gain nothing from more, and idle OpenMP threads spin against the
+# processes beside them. A file's tests stay together, since they share what their fixtures make.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --cov-report=term --durations=25
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term --durations=25
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 
 from limbeck.cli.main import _run
 
+TinyCheckpoint = Callable[..., Path]
 WriteRows = Callable[[Path, Iterable[dict[str, Any]]], Path]
 
 
@@ -68,3 +69,16 @@ def text_file(tmp_path_factory: pytest.TempPathFactory, texts: list[str], write_
 def held_out(tmp_path_factory: pytest.TempPathFactory, texts: list[str], write_jsonl: WriteRows) -> Path:
     """32 other sentences to validate on."""
     return write_jsonl(tmp_path_factory.mktemp("data") / "held-out.jsonl", [{"text": text} for text in texts[32:]])
+
+
+@pytest.fixture(scope="session")
+def model(tiny_checkpoint: TinyCheckpoint) -> Path:
+    return tiny_checkpoint("bert")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Iterator[Path]:
+    """Where the command is told to write; nothing may have come of it, staged or whole."""
+    folder = tmp_path / "parent" / "out"
+    yield folder
+    assert not folder.parent.exists() or list(folder.parent.iterdir()) == []
