@@ -26,12 +26,14 @@ METRICS = (
 )  # fmt: skip
 
 
-def options(description: str) -> argparse.Namespace:
-    """Where the data, the models and the results are."""
+def options(description: str, **numbers: int) -> argparse.Namespace:
+    """Where the data, the models and the results are, and whole numbers with their defaults."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("LIMBECK_DATA", "../shared/data")))
     parser.add_argument("--models", type=Path, default=Path(os.environ.get("LIMBECK_MODELS", "../shared/models")))
     parser.add_argument("--out", type=Path, required=True, help="students and figures; a second run resumes")
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()
 
 

@@ -132,8 +132,7 @@ def distill_settings(
     if objectives:
         written["objectives"] = {name: _weight(value) for name, value in pairs(objectives, "--objective").items()}
     if train_layers is not None:
-        chosen = layers_from(train_layers)
-        written["train_layers"] = [chosen] if isinstance(chosen, int) else chosen
+        written["train_layers"] = layer_list(train_layers, "--train-layers")
     given = {name: value for name, value in options.items() if value is not None}
     return checked(DistillSettings, {**written, **given})
 
@@ -191,6 +190,18 @@ def checked(settings: type[Settings], values: Mapping[str, Any]) -> Settings:
         option = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "the options"
         message = first["msg"].removeprefix("Value error, ")
         raise UsageError(f"{option}: {message[0].lower()}{message[1:]} (given: {first['input']!r}).") from error
+
+
+def layer_list(text: str, option: str) -> list[int]:
+    """`0,2,5` as layers.
+
+    Raises:
+        UsageError: something else.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{option} takes layers counted from 0 (0,2,5), not {text!r}.") from error
 
 
 def layers_from(text: str | None) -> int | list[int] | None:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 def checkpoint_summary(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     """Sizes, layers and history of a checkpoint."""
     from ..models.anatomy import anatomy_of
+    from ..models.shapes import shapes_of
 
+    shapes = shapes_of(checkpoint.model)
     anatomy = anatomy_of(checkpoint.model)
     layers = [
         {"layer": name, "shape": list(module.weight.shape), "zeros": round(_zeros(module.weight), 4)}
@@ -31,7 +33,9 @@ def checkpoint_summary(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         "task": checkpoint.task.name,
         "parameters": checkpoint.parameters,
         "layers": len(anatomy.layers(checkpoint.model)),
-        "ffn_widths": [block.width for block in anatomy.ffn(checkpoint.model)],
+        "width": int(checkpoint.model.config.hidden_size),
+        "heads": [layer.heads for layer in shapes.layers],
+        "ffn_widths": [layer.ffn for layer in shapes.layers],
         "max_length": checkpoint.max_length,
         "linear_layers": layers,
         "history": _history(checkpoint.lineage),
@@ -91,8 +95,9 @@ def summary_table(summary: dict[str, Any]) -> Iterator[Table]:
     for name, value in summary.items():
         if isinstance(value, str | int) and name != "path":
             facts.add_row(name, f"{value:,}" if isinstance(value, int) else value)
-    if "ffn_widths" in summary:
-        facts.add_row("ffn widths", ", ".join(str(width) for width in summary["ffn_widths"]))
+    for sizes in ("heads", "ffn_widths"):
+        if sizes in summary:
+            facts.add_row(sizes.replace("_", " "), ", ".join(map(str, summary[sizes])))
     for kind in ("inputs", "outputs"):
         for spec in summary.get(kind, []):
             shape = " x ".join("any" if size is None else str(size) for size in spec["shape"])

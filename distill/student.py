@@ -13,7 +13,7 @@ from ..models.checkpoint import Checkpoint, hash_of_model
 from ..models.data import Data
 from ..models.shapes import uniform_shapes_of
 from ..models.surgery import HeadSelection, Selection, select, strongest
-from .inheritance import Importance
+from .inheritance import Inheritance
 from .scratch import scratch_model
 from .settings import StudentSettings
 
@@ -43,13 +43,13 @@ def draw_student(teacher: Checkpoint, settings: StudentSettings, data: Data | No
         model = scratch_model(teacher, settings.config, seed)
         return replace(teacher, model=model, hash=hash_of_model(model))
     sizes = _sizes(teacher.model, settings)
-    importance = _Lazy(teacher, data)
+    importance = Inheritance(teacher, data)
     layers = _chosen_layers(teacher.model, settings, importance)
     selection = Selection(
         layers=layers,
-        channels=strongest(importance.get().channels(), sizes.width) if sizes.width is not None else None,
-        heads=_chosen_heads(importance.get(), teacher.model, layers, sizes) if sizes.heads is not None else None,
-        ffn=[strongest(importance.get().ffn(layer), sizes.ffn) for layer in layers] if sizes.ffn is not None else None,
+        channels=strongest(importance.channels(), sizes.width) if sizes.width is not None else None,
+        heads=_chosen_heads(importance, teacher.model, layers, sizes) if sizes.heads is not None else None,
+        ffn=[strongest(importance.ffn(layer), sizes.ffn) for layer in layers] if sizes.ffn is not None else None,
     )
     model = select(teacher.model, selection)
     return replace(teacher, model=model, hash=hash_of_model(model))
@@ -73,21 +73,7 @@ def _check_count(count: int, depth: int) -> None:
         raise UsageError(f"A student of {count} layers cannot be drawn from a teacher of {depth}; choose 1 to {depth}.")
 
 
-class _Lazy:
-    """Importance that is measured once, and only if something asks for it."""
-
-    def __init__(self, teacher: Checkpoint, data: Data | None) -> None:
-        self.teacher = teacher
-        self.data = data
-        self._made: Importance | None = None
-
-    def get(self) -> Importance:
-        if self._made is None:
-            self._made = Importance(self.teacher, self.data)
-        return self._made
-
-
-def _chosen_layers(model: PreTrainedModel, settings: StudentSettings, importance: _Lazy) -> list[int]:
+def _chosen_layers(model: PreTrainedModel, settings: StudentSettings, importance: Inheritance) -> list[int]:
     """The teacher's layers that the student has."""
     depth = len(anatomy_of(model).layers(model))
     if isinstance(settings.layers, list):
@@ -105,7 +91,7 @@ def _chosen_layers(model: PreTrainedModel, settings: StudentSettings, importance
             "Layers are chosen by importance on the training text, and there is none.",
             "Give the data, or choose uniform, first or last.",
         )
-    scores = importance.get().layers()
+    scores = importance.layers()
     if model.config.model_type == "modernbert":  # its first layer has no norm of its own, so it cannot be left out
         scores[0] = torch.inf
     return [int(layer) for layer in strongest(scores, count)]
@@ -202,7 +188,7 @@ def _groups_for(heads: int, model: PreTrainedModel, anatomy: Anatomy) -> int:
 
 
 def _chosen_heads(
-    importance: Importance, model: PreTrainedModel, layers: list[int], sizes: _Sizes
+    importance: Inheritance, model: PreTrainedModel, layers: list[int], sizes: _Sizes
 ) -> list[HeadSelection]:
     """The heads that stay of each of these layers, and the channels of each where heads get narrower."""
     anatomy = anatomy_of(model)

@@ -55,11 +55,12 @@ class LayerSimilarity(BaseModel):
 
 
 class LayerWidths(BaseModel):
-    """How wide one layer was before and after a cut (channels)."""
+    """How many heads or feed-forward channels one layer had before and after a cut."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     layer: str
+    unit: Literal["channels", "heads"] = "channels"
     before: int = Field(ge=0)
     after: int = Field(ge=0)
 

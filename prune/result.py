@@ -23,7 +23,8 @@ class PruneResult:
     model: PreTrainedModel
     method: str
     """What was done, in a few words: `ffn by taylor`, `2:4 by magnitude`."""
-    settings: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What was decided beside what was asked for, for the history."""
     widths: list[LayerWidths] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """Layers that were left as they were, each with the reason."""

@@ -15,7 +15,6 @@ from ..errors import UsageError
 from ..exporters.artifact import artifact_size
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
-from ..prune.settings import PruneSettings
 from ..validate.latency import BenchResult, BenchSettings, BenchSubject, bench, speedup
 from .progress import Progress
 from .schema import Constraints, Export, Recipe
@@ -103,17 +102,18 @@ def _asked(recipe: Recipe, wanted: Export) -> set[str]:
 
 
 def _untrained(recipe: Recipe, wanted: Export, teacher: Checkpoint, data: Data, progress: Progress) -> Checkpoint:
-    """The recipe's changes of shape without its training: the student drawn, channels cut by magnitude, which needs no
-    data. Which channels are cut changes nothing about the cost. Of a cycle, what is left after all of its rounds."""
+    """The recipe's changes of shape without its training: the student drawn, parts cut by magnitude, which needs no
+    data. Which parts are cut changes nothing about the cost, but for a budget, which is searched as it will be. Of a
+    cycle, what is left after all of its rounds."""
     checkpoint = teacher
     for stage in recipe.path_to(wanted.start):
         if stage.distill is not None and stage.distill.student is not None:
             checkpoint = draw_student(checkpoint, stage.distill.student, data)
         cut = stage.cycle.prune if stage.cycle is not None else stage.prune
         if cut is not None:
-            by_magnitude = PruneSettings(**{**cut.model_dump(), "method": "magnitude"})
+            of_shape = cut if cut.budget is not None else cut.of_the_same_shape()
             for _ in range(stage.cycle.rounds if stage.cycle is not None else 1):
-                checkpoint = prune(checkpoint, by_magnitude, progress=progress)
+                checkpoint = prune(checkpoint, of_shape, data if cut.budget is not None else None, progress=progress)
     return checkpoint
 
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from limbeck.distill.inheritance import Importance
+from limbeck.distill.inheritance import Inheritance
 from limbeck.distill.settings import StudentSettings
 from limbeck.distill.student import draw_student, uniform_layers
 from limbeck.errors import InputError, UsageError
@@ -134,7 +134,7 @@ def test_the_layer_that_changes_least_goes_first(
         for name in (anatomy.output, anatomy.down):
             for parameter in idle.get_submodule(name).parameters():
                 parameter.zero_()
-    scores = Importance(teacher, read_texts(teacher)).layers()
+    scores = Inheritance(teacher, read_texts(teacher)).layers()
     assert scores[0] < scores[1]
     student = draw_student(teacher, StudentSettings(layers=1, choose="importance"), read_texts(teacher)).model
     expected = 0 if family == "modernbert" else 1  # its first layer cannot be left out
@@ -205,7 +205,7 @@ def test_parts_that_do_nothing_are_the_ones_that_go(
     data = read_texts(teacher) if with_text else None
     ffn = draw_student(teacher, StudentSettings(ffn=48), data)
     np.testing.assert_allclose(embeddings(ffn, texts[:3]), embeddings(teacher, texts[:3]), atol=1e-5)
-    scores = Importance(teacher, data).heads(0)
+    scores = Inheritance(teacher, data).heads(0)
     assert int(scores.argmin()) == 1 and float(scores.sum()) == pytest.approx(1)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,18 @@ from limbeck.errors import InputError, UsageError
 from limbeck.models.anatomy import ANATOMIES, anatomy_of
 from limbeck.models.batching import Batch, pad
 from limbeck.models.checkpoint import Checkpoint, hash_of_model, load_checkpoint
+from limbeck.models.data import Data
+from limbeck.models.gates import Gates, gated
+from limbeck.models.importance import IMPORTANCES, Scores, get_importance
+from limbeck.models.shapes import KEY, shapes_of
 from limbeck.models.surgery import Selection, select
 from limbeck.models.tasks.base import tokenize
+from limbeck.prune.choice import WIDTH_MULTIPLE, kept_width
+from limbeck.prune.one_shot import SPARSIFIERS
 from limbeck.prune.pruning import prune
-from limbeck.prune.settings import PruneSettings
-from limbeck.prune.structured import WIDTH_MULTIPLE, kept_width, prune_ffn
+from limbeck.prune.repair import DAMPING
+from limbeck.prune.settings import STRUCTURE_METHODS, ZERO_METHODS, PruneSettings
+from limbeck.prune.structured import choose
 
 TinyCheckpoint = Callable[..., Path]
 WriteRows = Callable[[Path, Iterable[dict[str, Any]]], Path]
@@ -38,34 +44,144 @@ def hidden_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return model.eval()(**batch).last_hidden_state
 
 
-@contextmanager
-def masked(model: PreTrainedModel, kept: list[torch.Tensor]) -> Iterator[None]:
-    """Zero the activations of every channel that is not kept."""
-    handles = []
-    for block, channels in zip(anatomy_of(model).ffn(model), kept, strict=True):
-        mask = torch.zeros(block.width).index_fill(0, channels, 1.0)
-        handles.append(block.down.register_forward_pre_hook(lambda _, inputs, mask=mask: (inputs[0] * mask,)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def tiny_data(checkpoint: Checkpoint, texts: list[str], write_jsonl: WriteRows, folder: Path) -> Data:
+    return checkpoint.read(write_jsonl(folder / "rows.jsonl", [{"text": text} for text in texts]))
+
+
+def gates_of(model: PreTrainedModel, selection: Selection) -> Gates:
+    """1 on what stays, 0 on what goes."""
+    shapes = shapes_of(model)
+    ones = {index: torch.zeros(shape.ffn) for index, shape in enumerate(shapes.layers)}
+    heads = {index: torch.zeros(shape.heads) for index, shape in enumerate(shapes.layers)}
+    for index in range(len(shapes.layers)):
+        if selection.ffn is not None:
+            ones[index][selection.ffn[index]] = 1
+        if selection.heads is not None:
+            heads[index][selection.heads[index].query] = 1
+    layers = None
+    if selection.layers is not None:
+        layers = {index: torch.tensor(float(index in selection.layers)) for index in range(len(shapes.layers))}
+    return Gates(
+        ffn=ones if selection.ffn is not None else {},
+        heads=heads if selection.heads is not None else {},
+        layers=layers or {},
+    )
 
 
 @every_family
+@pytest.mark.parametrize("structure", ["heads", "ffn", "layers"])
 @settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_removed_channels_compute_what_masked_channels_compute(
-    family: str, data: st.DataObject, tiny_checkpoint: TinyCheckpoint, texts: list[str]
+def test_what_is_removed_computes_what_was_masked(
+    family: str, structure: str, data: st.DataObject, tiny_checkpoint: TinyCheckpoint, texts: list[str]
 ) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint(family))
     batch = batch_of(checkpoint, texts[:4])
-    width = data.draw(st.integers(1, 64))
-    choose = st.lists(st.integers(0, 63), min_size=width, max_size=width, unique=True).map(sorted).map(torch.tensor)
-    kept = [data.draw(choose) for _ in anatomy_of(checkpoint.model).ffn(checkpoint.model)]
-    with masked(checkpoint.model, kept):
+    share = st.floats(0.25, 1)
+    keep: Any = data.draw(share)
+    if structure != "layers" and not (structure == "heads" and family == "mpnet"):
+        keep = data.draw(st.one_of(share, st.lists(share, min_size=2, max_size=2)))
+    wanted = PruneSettings(structure=structure, keep=keep, method="magnitude")  # type: ignore[arg-type]
+    scores = get_importance("magnitude").scores(checkpoint, [structure])
+    selection = choose(checkpoint.model, wanted, scores)
+    with gated(checkpoint.model, gates_of(checkpoint.model, selection)):
         expected = hidden_of(checkpoint.model, batch)
-    assert torch.allclose(hidden_of(select(checkpoint.model, Selection(ffn=kept)), batch), expected, atol=1e-5)
+    pruned = prune(checkpoint, wanted)
+    assert torch.allclose(hidden_of(pruned.model, batch), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "modernbert"])
+@pytest.mark.parametrize("structure", ["heads", "ffn"])
+def test_layers_keep_what_reaches_the_common_threshold(
+    family: str, structure: str, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint(family))
+    units = shapes_of(checkpoint.model).layers[0].ffn if structure == "ffn" else 4
+    high, low = torch.full((units,), 2.0, dtype=torch.float64), torch.full((units,), 1.0, dtype=torch.float64)
+    scores = Scores(**{structure: [low, high]})  # type: ignore[arg-type]
+    wanted = PruneSettings(structure=structure, keep=0.5, allocation="global")  # type: ignore[arg-type]
+    selection = choose(checkpoint.model, wanted, scores)
+    shapes = shapes_of(select(checkpoint.model, selection)).layers
+    assert getattr(shapes[1], structure) == units
+    assert getattr(shapes[0], structure) < units
+    protected = choose(checkpoint.model, wanted.model_copy(update={"protect": [0]}), scores)
+    assert getattr(shapes_of(select(checkpoint.model, protected)).layers[0], structure) == units
+
+
+@every_family
+def test_half_the_width_runs_with_every_head(family: str, tiny_checkpoint: TinyCheckpoint, texts: list[str]) -> None:
+    """Where a configuration ties heads to the width, sizes of its own say it (electra: 16 is its embeddings' width)."""
+    checkpoint = load_checkpoint(tiny_checkpoint(family))
+    pruned = prune(checkpoint, PruneSettings(structure="width", keep=0.75 if family == "electra" else 0.5))
+    assert pruned.model.config.hidden_size == (24 if family == "electra" else 16)
+    assert shapes_of(pruned.model).layers == shapes_of(checkpoint.model).layers
+    assert shapes_of(pruned.model).head_size == 8
+    assert hidden_of(pruned.model, batch_of(checkpoint, texts[:4])).shape[-1] == pruned.model.config.hidden_size
+
+
+def test_heads_and_width_cut_together_load_with_plain_transformers(
+    tiny_checkpoint: TinyCheckpoint, texts: list[str], tmp_path: Path
+) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint("bert"))
+    narrow = prune(checkpoint, PruneSettings(structure="width", keep=0.5))
+    assert hasattr(narrow.model.config, KEY)
+    both = prune(narrow, PruneSettings(structure="heads", keep=0.5))
+    assert not hasattr(both.model.config, KEY)
+    both.save(tmp_path / "both")
+    batch = batch_of(both, texts[:4])
+    assert torch.equal(hidden_of(AutoModel.from_pretrained(tmp_path / "both"), batch), hidden_of(both.model, batch))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "modernbert"])
+@pytest.mark.parametrize("structure", ["heads", "ffn"])
+def test_repair_comes_nearer_to_the_whole(
+    family: str,
+    structure: str,
+    tiny_checkpoint: TinyCheckpoint,
+    texts: list[str],
+    write_jsonl: WriteRows,
+    tmp_path: Path,
+) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint(family))
+    data = tiny_data(checkpoint, texts, write_jsonl, tmp_path)
+    batch = batch_of(checkpoint, texts)
+    real = batch["attention_mask"].bool()
+    whole = hidden_of(checkpoint.model, batch)[real]
+
+    def error(repair: bool) -> float:
+        wanted = PruneSettings(structure=structure, keep=0.5, repair=repair)  # type: ignore[arg-type]
+        pruned = prune(checkpoint, wanted, data)
+        return float((hidden_of(pruned.model, batch)[real] - whole).square().mean())
+
+    assert error(repair=True) < 0.95 * error(repair=False)
+
+
+def test_repair_is_the_least_squares_solution(
+    tiny_checkpoint: TinyCheckpoint, texts: list[str], write_jsonl: WriteRows, tmp_path: Path
+) -> None:
+    """The first layer's output projection, against numpy's solver on the inputs that a hook saw."""
+    checkpoint = load_checkpoint(tiny_checkpoint("bert"))
+    data = tiny_data(checkpoint, texts, write_jsonl, tmp_path)
+    wanted = PruneSettings(structure="heads", keep=0.5, repair=True)
+    output = checkpoint.model.get_submodule("encoder.layer.0.attention.output.dense")
+    seen: list[torch.Tensor] = []
+    batch = batch_of(checkpoint, texts)
+    hook = output.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0][batch["attention_mask"].bool()].double())
+    )
+    hidden_of(checkpoint.model, batch)
+    hook.remove()
+    selection = choose(checkpoint.model, wanted, get_importance("magnitude").scores(checkpoint, ["heads"]))
+    assert selection.heads is not None
+    kept = (selection.heads[0].query.unsqueeze(1) * 8 + torch.arange(8)).flatten()
+    inputs, weight = seen[0], output.weight.detach().double()
+    inside = inputs[:, kept]
+    damping = (DAMPING * inside.square().sum(dim=0).mean()).sqrt()
+    rows = torch.cat([inside, damping * torch.eye(len(kept), dtype=torch.float64)])
+    target = torch.cat([inputs @ weight.T, torch.zeros(len(kept), len(weight), dtype=torch.float64)])
+    expected = torch.linalg.lstsq(rows, target).solution.T
+    pruned = prune(checkpoint, wanted, data).model.get_submodule("encoder.layer.0.attention.output.dense")
+    assert torch.allclose(pruned.weight.double(), expected, atol=1e-4)
 
 
 @every_family
@@ -86,14 +202,15 @@ def test_a_pruned_folder_loads_with_plain_transformers(
 
 def test_keeping_everything_changes_nothing(tiny_checkpoint: TinyCheckpoint) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint("modernbert"))
-    result = prune_ffn(checkpoint, keep=1.0)
+    result = prune(checkpoint, PruneSettings(structure="ffn", keep=1.0))
     assert result.model is not checkpoint.model
-    assert hash_of_model(result.model) == checkpoint.hash
+    assert result.hash == checkpoint.hash
 
 
 def test_the_checkpoint_that_came_in_is_left_as_it_was(tiny_checkpoint: TinyCheckpoint) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint("llama", task="text-generation"))
-    prune_ffn(checkpoint, keep=0.25)
+    for structure in ("heads", "ffn", "width"):
+        prune(checkpoint, PruneSettings(structure=structure, keep=0.5))  # type: ignore[arg-type]
     assert hash_of_model(checkpoint.model) == checkpoint.hash
 
 
@@ -140,11 +257,11 @@ def test_the_rows_that_importance_saw_are_recorded(
 
 
 @pytest.mark.parametrize("keep", [0.0, -0.5, 1.5, float("nan")])
-def test_a_share_outside_its_range_is_refused(keep: float, tiny_checkpoint: TinyCheckpoint) -> None:
+def test_a_share_outside_its_range_is_refused(keep: float) -> None:
     with pytest.raises(UsageError, match="more than 0 and at most 1"):
         PruneSettings(structure="ffn", keep=keep)
     with pytest.raises(UsageError, match="more than 0 and at most 1"):
-        prune_ffn(load_checkpoint(tiny_checkpoint("bert")), keep)
+        PruneSettings(structure="heads", keep=[1.0, keep])
 
 
 @pytest.mark.parametrize(
@@ -155,6 +272,19 @@ def test_a_share_outside_its_range_is_refused(keep: float, tiny_checkpoint: Tiny
         {"structure": "ffn"},
         {"pattern": "2:4", "keep": 0.5},
         {"pattern": "2:4", "method": "taylor"},
+        {"pattern": "2:4", "repair": True},
+        {"pattern": "two"},
+        {"sparsity": 1.0},
+        {"sparsity": 0.5, "permute": True},
+        {"sparsity": 0.5, "method": "movement"},
+        {"sparsity": 0.5, "block": [0, 4]},
+        {"structure": "ffn", "keep": 0.5, "method": "magnitud"},
+        {"structure": "heads", "keep": 0.5, "method": "block-influence"},
+        {"structure": "layers", "keep": [0.5, 0.5]},
+        {"structure": "layers", "keep": 0.5, "repair": True},
+        {"structure": "width", "keep": 0.5, "protect": [0]},
+        {"structure": "ffn", "keep": [0.5, 0.5], "allocation": "global"},
+        {"budget": {"size_mb": 40}, "method": "magnitude"},
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(chosen: dict[str, Any]) -> None:
@@ -181,3 +311,29 @@ def test_channels_are_not_cut_out_of_a_sparse_model(tiny_checkpoint: TinyCheckpo
     sparse = prune(load_checkpoint(tiny_checkpoint("gpt2")), PruneSettings(pattern="2:4"))
     with pytest.raises(UsageError, match="break the pattern"):
         prune(sparse, PruneSettings(structure="ffn", keep=0.5))
+
+
+@pytest.mark.parametrize(
+    ("family", "chosen", "said"),
+    [
+        ("bert", {"structure": "heads", "keep": 0.1}, "leaves none of 4 heads"),
+        ("llama", {"structure": "heads", "keep": 0.1}, "in 2 groups that share keys and values"),
+        ("bert", {"structure": "layers", "keep": 0.1, "method": "magnitude"}, "leaves none of 2 layers"),
+        ("bert", {"structure": "ffn", "keep": 0.5, "protect": [2]}, r"protect names the layers \[2\]"),
+        ("bert", {"structure": "ffn", "keep": [0.5]}, "keep has 1 shares, and the model has 2 layers"),
+        ("bert", {"structure": "layers", "keep": 0.5, "method": "magnitude", "protect": [0, 1]}, "left whole"),
+        ("mpnet", {"structure": "heads", "keep": [1, 0.5]}, "must keep as many"),
+        ("mpnet", {"structure": "heads", "keep": 0.5, "allocation": "global"}, "allocation must be uniform"),
+        ("electra", {"structure": "width", "keep": 0.5}, "no projection after them"),
+    ],
+)
+def test_what_a_model_cannot_have_is_said(
+    family: str, chosen: dict[str, Any], said: str, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        prune(load_checkpoint(tiny_checkpoint(family)), PruneSettings(**chosen))
+
+
+def test_methods_are_known_without_loading_them() -> None:
+    assert set(STRUCTURE_METHODS) == set(IMPORTANCES)
+    assert set(ZERO_METHODS) == set(SPARSIFIERS)

@@ -120,7 +120,11 @@ def _reliability_panels(report: Report) -> Iterator[Panel]:
 
 def _cut_panels(report: Report) -> Iterator[Panel]:
     for number, step in enumerate(report.steps, 1):
-        for start in range(0, len(step.widths), _WIDTHS_A_CHART):
-            part = step.widths[start : start + _WIDTHS_A_CHART]
-            more = f", layers {start + 1} to {start + len(part)}" if len(step.widths) > _WIDTHS_A_CHART else ""
-            yield Panel(f"Step {number}, {step.verb}{more}", step.method, charts.cut_widths(part))
+        for unit in dict.fromkeys(item.unit for item in step.widths):
+            widths = [item for item in step.widths if item.unit == unit]
+            for start in range(0, len(widths), _WIDTHS_A_CHART):
+                part = widths[start : start + _WIDTHS_A_CHART]
+                more = f", layers {start + 1} to {start + len(part)}" if len(widths) > _WIDTHS_A_CHART else ""
+                what = "heads" if unit == "heads" else "feed-forward channels"
+                title = f"Step {number}, {step.verb}: {what}{more}"
+                yield Panel(title, step.method, charts.cut_widths(part))

@@ -1,0 +1,92 @@
+"""Models whose weights stay in files: copies that share memory, and weights that lie mapped on disk.
+
+`from_pretrained` maps safetensors files when the data type asked for is the stored one (checked with transformers 5.23):
+a weight is read when it is looked at, and the system takes its pages back when it needs them. What is changed becomes
+private memory. So a model larger than memory can be pruned as long as its changed weights go to disk as well: `settle`.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..errors import DiskFull
+
+MAPPED_FROM = 2**28
+"""Bytes of weights from which on a changed model is kept on disk. Smaller ones are quicker in memory."""
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def copy_of(
+    module: _Module,
+    convert: Callable[[nn.Parameter], torch.Tensor],
+    instead: Mapping[nn.Module, nn.Module] | None = None,
+) -> _Module:
+    """A deep copy whose parameters are what `convert` makes of the original's; without a copy in between.
+
+    With `convert` returning the parameter's own tensor the copy shares its memory, and costs nothing. Tied weights stay
+    tied.
+
+    Args:
+        instead: modules that are not copied, each with what stands in its place.
+    """
+    memo: dict[int, object] = {id(old): new for old, new in (instead or {}).items()}
+    left_out = {id(parameter) for old in instead or {} for parameter in old.parameters()}
+    for parameter in module.parameters():
+        if id(parameter) not in left_out:
+            memo[id(parameter)] = nn.Parameter(convert(parameter).detach(), requires_grad=parameter.requires_grad)
+    return copy.deepcopy(module, memo)
+
+
+def is_large(module: nn.Module) -> bool:
+    """Whether a changed copy of this model is kept on disk: its weights take `MAPPED_FROM` bytes or more, and lie in the
+    memory of the CPU."""
+    weights = list(module.parameters())
+    on_cpu = all(weight.device.type == "cpu" for weight in weights)
+    return on_cpu and sum(weight.numel() * weight.element_size() for weight in weights) >= MAPPED_FROM
+
+
+def settle(values: Mapping[nn.Parameter, torch.Tensor], on_disk: bool) -> None:
+    """Give each parameter its value, in memory of its own (data type and device stay the parameter's).
+
+    With `on_disk` that memory is a mapped file in the folder for temporary files (`TMPDIR`), which should not be one
+    that lives in memory itself. The file has no name any more once this returns (where the system allows that), so it
+    goes with the last tensor that uses it. Writing to such a tensor makes the touched pages private and leaves the file.
+
+    Raises:
+        DiskFull: no room for the file.
+    """
+    if not on_disk:
+        for parameter, value in values.items():
+            own = value.detach().to(parameter.device, parameter.dtype)
+            parameter.data = own.clone(memory_format=torch.contiguous_format)
+        return
+    named = {
+        str(place): value.detach().to(parameter.device, parameter.dtype).contiguous()
+        for place, (parameter, value) in enumerate(values.items())
+    }
+    with tempfile.TemporaryDirectory(prefix="limbeck-", ignore_cleanup_errors=True) as folder:
+        file = Path(folder) / "weights.safetensors"
+        try:
+            save_file(named, file)
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+                raise DiskFull(
+                    f"No room in {tempfile.gettempdir()} for the weights of a model that is kept on disk while it is "
+                    "changed.",
+                    "Make room, or set TMPDIR to a folder that has some.",
+                ) from error
+            raise
+        mapped = load_file(file)
+    for place, parameter in enumerate(values):
+        parameter.data = mapped[str(place)]

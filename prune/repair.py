@@ -1,0 +1,82 @@
+"""Least-squares repair: what stays of a layer is fitted to what the whole layer computed, without training."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import UsageError
+from ..models.anatomy import Linear, anatomy_of, reduction_axis
+from ..models.checkpoint import Checkpoint
+from ..models.importance import Calibration
+from ..models.shapes import shapes_of
+from ..models.surgery import Selection
+from .layerwise import Statistic, layerwise_pass
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DAMPING = 0.01
+"""Share of the Gram matrix's mean diagonal that is added to it, as SparseGPT does: channels that say the same would
+otherwise be played off against each other."""
+
+
+def repaired(checkpoint: Checkpoint, selection: Selection, calibration: Calibration | None) -> PreTrainedModel:
+    """A copy of the model, of the same sizes, in which the matrices that read what the selection keeps are fitted anew
+    and read nothing of what it drops: `select` then cuts without another change of the outputs.
+
+    With the inputs X [tokens, channels] that an output or down projection W [out, channels] sees, and the kept channels
+    K, `W_K = W G[:, K] (G[K, K] + damping)^-1`, `G = X^T X`, is the least-squares solution of `X_K W_K^T = X W^T`. X is
+    what arrives after the layers before have been cut and repaired, so later layers make up for earlier ones. The
+    reconstruction is the one of SparseGPT and OSSCAR (Meng et al. 2024) for a given choice; Kwon et al. 2022 ("A Fast
+    Post-Training Pruning Framework for Transformers") fit one factor a head or channel by the same least squares.
+
+    Args:
+        selection: `heads` or `ffn` or both, for all layers of the model.
+
+    Raises:
+        UsageError: no examples.
+    """
+    if calibration is None:
+        raise UsageError("Repair looks at examples, and there are none.", "Add --data FILE (labels are not needed).")
+    anatomy = anatomy_of(checkpoint.model)
+    kept = _kept_inputs(checkpoint.model, selection)
+    model = copy.deepcopy(checkpoint.model)
+    for work in layerwise_pass(checkpoint, calibration, Statistic.GRAM, names=kept.keys()):
+        for name, module in work.linear_layers():
+            if name in kept:
+                gram = work.moments[name].gram
+                assert gram is not None
+                _fit(module, kept[name].to(gram.device), gram)
+                target = anatomy.layers(model)[work.index].get_submodule(name.removeprefix(f"{work.name}."))
+                with torch.no_grad():
+                    target.weight.copy_(module.weight)  # type: ignore[operator,union-attr]
+    return model
+
+
+def _kept_inputs(model: PreTrainedModel, selection: Selection) -> dict[str, torch.Tensor]:
+    """Name of a projection to the input channels that stay of it, int64."""
+    anatomy, size = anatomy_of(model), shapes_of(model).head_size
+    kept: dict[str, torch.Tensor] = {}
+    for index in range(len(anatomy.layers(model))):
+        prefix = f"{anatomy.layers_name(model)}.{index}."
+        if selection.heads is not None:
+            query = selection.heads[index].query
+            kept[prefix + anatomy.output] = (query.unsqueeze(1) * size + torch.arange(size)).flatten()
+        if selection.ffn is not None:
+            kept[prefix + anatomy.down] = selection.ffn[index]
+    return kept
+
+
+@torch.no_grad()
+def _fit(module: Linear, kept: torch.Tensor, gram: torch.Tensor) -> None:
+    """Fit a projection to the inputs that stay, and zero what reads the others."""
+    weight = module.weight if reduction_axis(module) == 1 else module.weight.T
+    inside = gram[kept][:, kept].double()
+    inside.diagonal().add_(DAMPING * inside.diagonal().mean().clamp_min(1e-30))
+    target = weight.double() @ gram[:, kept].double()
+    fitted = torch.linalg.solve(inside, target.T).T
+    weight.zero_()
+    weight[:, kept] = fitted.to(weight.dtype)

@@ -1,0 +1,127 @@
+"""Weights on demand: copies that share memory, weights on disk, and a model pruned without being in memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from limbeck.errors import DiskFull
+from limbeck.models import mapped
+from limbeck.models.checkpoint import hash_of_model, load_checkpoint
+from limbeck.models.mapped import copy_of, settle
+from limbeck.prune.semi_structured import prune_semi_structured
+
+TinyCheckpoint = Callable[..., Path]
+
+
+def test_a_copy_may_share_its_weights_and_keeps_ties(tiny_checkpoint: TinyCheckpoint) -> None:
+    model = load_checkpoint(tiny_checkpoint("gpt2", task="text-generation")).model
+    shared = copy_of(model, lambda weight: weight.detach())
+    for mine, theirs in zip(shared.parameters(), model.parameters(), strict=True):
+        assert mine is not theirs and mine.data_ptr() == theirs.data_ptr()
+    assert shared.lm_head.weight is shared.get_input_embeddings().weight
+    inputs = {"input_ids": torch.arange(8)[None]}
+    assert torch.equal(shared(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_settled_weights_have_memory_of_their_own(on_disk: bool) -> None:
+    source = torch.randn(6, 4)
+    first, second = torch.nn.Parameter(source), torch.nn.Parameter(source.bfloat16())
+    settle({first: source.T, second: source}, on_disk)
+    assert torch.equal(first.data, source.T) and first.is_contiguous()
+    assert second.dtype == torch.bfloat16 and torch.equal(second.data, source.bfloat16())
+    with torch.no_grad():
+        first.add_(1)  # a mapped tensor can be written to
+    assert torch.equal(first.data, source.T + 1)
+
+
+def test_a_pruned_model_is_the_same_in_memory_and_on_disk(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint("gpt2", task="text-generation"))
+    in_memory = prune_semi_structured(checkpoint).model
+    monkeypatch.setattr(mapped, "MAPPED_FROM", 0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    on_disk = prune_semi_structured(checkpoint).model
+    assert not list(tmp_path.iterdir())  # files go with the tensors that use them
+    assert hash_of_model(on_disk) == hash_of_model(in_memory) != checkpoint.hash
+    assert on_disk.lm_head.weight is on_disk.get_input_embeddings().weight
+    on_disk.save_pretrained(tmp_path / "saved")
+    assert hash_of_model(type(on_disk).from_pretrained(tmp_path / "saved")) == hash_of_model(in_memory)
+    with torch.no_grad():
+        for parameter in on_disk.parameters():
+            parameter.add_(1)
+    assert hash_of_model(checkpoint.model) == checkpoint.hash
+
+
+def test_no_room_on_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mapped, "save_file", full)
+    with pytest.raises(DiskFull, match="No room"):
+        settle({torch.nn.Parameter(torch.ones(2)): torch.ones(2)}, on_disk=True)
+
+
+_PRUNE = """
+import json, sys, threading
+from pathlib import Path
+import torch, transformers
+from limbeck.models import mapped
+from limbeck.models.batching import Examples
+from limbeck.models.checkpoint import Checkpoint
+from limbeck.models.embedding import Pooling
+from limbeck.models.importance import Calibration
+from limbeck.models.lineage import Lineage
+from limbeck.models.tasks import get_task
+from limbeck.prune.semi_structured import prune_semi_structured
+
+def private():
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous")) * 1024
+
+mapped.MAPPED_FROM = 2**24
+torch.set_num_threads(1)
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[2])
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").eval()
+checkpoint = Checkpoint(model, tokenizer, get_task("text-generation"), Lineage(origin="", task=""), "", "")
+features = [{"input_ids": [5] * 8, "attention_mask": [1] * 8}] * 4
+
+peak, ended = 0, threading.Event()
+def watch():
+    global peak
+    while not ended.wait(0.02):
+        peak = max(peak, private())
+before = private()
+watcher = threading.Thread(target=watch); watcher.start()
+result = prune_semi_structured(checkpoint, "2:4", sys.argv[3], Calibration(Examples(features), 4))
+ended.set(); watcher.join()
+zeros = float((result.model.model.layers[3].mlp.up_proj.weight == 0).float().mean())
+size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+print(json.dumps({"peak": peak - before, "size": size, "zeros": zeros}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux says what is private")
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+def test_a_model_is_pruned_in_a_fraction_of_its_size(
+    method: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=48, num_attention_heads=4,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-c", _PRUNE, str(tmp_path / "model"), str(tiny_checkpoint("llama")), method]
+    found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+    assert found["zeros"] == 0.5
+    assert found["size"] > 1.2e8
+    assert found["peak"] < found["size"] / 3
