@@ -24,6 +24,7 @@ VERBS = {
     "distill": "Train a small student to answer as its teacher does.",
     "ablate": "Show what each objective of a distillation contributes.",
     "prune": "Remove what a model needs least.",
+    "sensitivity": "Show what cutting each part of a model would cost.",
     "export": "Compile a model for a backend, and check what was compiled.",
     "build": "Turn a TensorRT kit into an engine, on the GPU it is for.",
     "inspect": "Show what a checkpoint or an artifact is.",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 \b
 Cut parts out, so that every runtime gets a smaller model:
-  limbeck prune student --structure ffn --keep 0.5 --method taylor --data texts.jsonl --out narrow
+  limbeck prune student --structure ffn --keep 0.5 --method fisher --data texts.jsonl --out narrow
   limbeck prune student --structure heads --keep 0.5 --method fisher --repair --data texts.jsonl --out narrow
   limbeck prune student --structure layers --keep 0.5 --data texts.jsonl --out shallow
 \b

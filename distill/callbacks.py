@@ -1,17 +1,22 @@
-"""What goes along with training: progress, a trace that can be read while it runs, zeros that stay zero."""
+"""What goes along with training: progress, a trace that can be read while it runs, zeros that stay zero, and changes of
+the student that a caller brings."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from ..files import write_text
+
+if TYPE_CHECKING:
+    from ..models.checkpoint import Checkpoint
 
 Progress = Callable[[int, int], None]
 """Steps done and steps in all."""
@@ -56,6 +61,44 @@ class KeepZeros(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         for weight, mask in self.masks:
             weight.mul_(mask.to(weight.device))
+
+
+class Modifier(Protocol):
+    """Changes a student while it trains, by a callback, and has a state that checkpoints carry along."""
+
+    @property
+    def callback(self) -> TrainerCallback:
+        """What the trainer tells of its steps."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether the student is by now what it shall become: before, its weights are never kept as the best."""
+
+    def traced(self) -> Mapping[str, float]:
+        """Values that join every entry of the training's log, each a curve under its name."""
+
+    def save_state(self, folder: Path) -> None:
+        """Write what is needed to go on beside a checkpoint's weights."""
+
+    def load_state(self, folder: Path) -> None:
+        """Go on from there."""
+
+    def note(self) -> str:
+        """What came of it, for the history."""
+
+
+@dataclass(frozen=True)
+class Modification:
+    """A change of the student that goes along with its training, as a caller asks for it."""
+
+    name: str
+    """The key under which its settings stand in the history."""
+    summary: str
+    """What is done, in a few words: `80 % zeros by movement`."""
+    settings: Mapping[str, Any]
+    """As JSON: an interrupted training is gone on with only under the same ones."""
+    start: Callable[[Checkpoint], Modifier]
+    """Called with the student when it is settled what of it learns."""
 
 
 def _zero_share(weight: torch.Tensor) -> float:

@@ -23,7 +23,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.data import Data
 from ..models.features import showing_attention
 from ..models.lineage import Curve, DataRecord, LayerSimilarity, Step
-from .callbacks import KeepZeros, LiveTrace, Progress, ProgressCallback
+from .callbacks import KeepZeros, LiveTrace, Modification, Modifier, Progress, ProgressCallback
 from .launch import is_main
 from .module import Distillation, TeacherViews, Term, bind, shape_of, student_features, teacher_features
 from .objectives import DEFAULT_OBJECTIVES, OBJECTIVES, build_objectives
@@ -58,7 +58,7 @@ def eager(teacher: Checkpoint) -> Iterator[TeacherCall]:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a distillation is given beside its settings: nothing here changes what the student should learn."""
+    """What a distillation is given beside its settings."""
 
     teacher_runtime: Runtime = eager
     teacher_cache: Path | None = None
@@ -68,6 +68,8 @@ class Surroundings:
     """Where checkpoints to resume from are kept while training goes on; none when not given."""
     report_to: Sequence[str] = ()
     """`tensorboard`, `mlflow`."""
+    modification: Modification | None = None
+    """What else happens to the student while it trains; nothing else here changes what it becomes."""
     rationale: str | None = None
     progress: Progress = field(default=lambda done, total: None)
 
@@ -92,6 +94,7 @@ def distill(
         "teacher": teacher.hash,
         "data": data.fingerprint,
         "settings": settings.model_dump(),
+        "modification": dict(around.modification.settings) if around.modification is not None else None,
     }
     with work_folder(around.work, key) as folder:
         return _Run(student, teacher, settings, data, around, folder).result()
@@ -119,15 +122,18 @@ class _Run:
             _refuse_other_tokens(asked, self.student, self.teacher)
         before = self._similarity(rows) if taught else None
         terms = bind(asked, self._sides(before), self.settings.seed)
-        trained, curves = self._train(terms, rows)
+        trained, curves, note = self._train(terms, rows)
         after = self._similarity(rows) if before is not None else None
         similarity = None
         if before is not None and after is not None:
             similarity = LayerSimilarity(before=before.tolist(), after=after.tolist())
+        method, given = " + ".join(weights), {**self.settings.model_dump(mode="json"), "objectives": dict(weights)}
+        if (change := self.around.modification) is not None:
+            method, given[change.name] = f"{method}, {change.summary}", dict(change.settings)
         step = Step(
             verb="distill",
-            method=" + ".join(weights),
-            settings={**self.settings.model_dump(mode="json"), "objectives": dict(weights)},
+            method=method,
+            settings=given,
             rationale=self.around.rationale,
             parent=self.student.hash,
             teacher=self.teacher.hash if taught else None,
@@ -135,6 +141,7 @@ class _Run:
             seconds=round(time.monotonic() - started, 1),
             curves=curves,
             similarity=similarity,
+            note=note,
         )
         return self.student.after(trained, step, self.data)
 
@@ -165,8 +172,9 @@ class _Run:
         tokens = _TOKENS_A_CHANNEL * max(side.model.config.hidden_size for side in sides)
         return layer_similarity(self.student, self.teacher, _first_batches(rows, self.settings.batch_size, tokens))
 
-    def _train(self, terms: Sequence[Term], rows: TrainingData) -> tuple[PreTrainedModel, list[Curve]]:
-        """Train, with everything that the student must get back afterwards put back."""
+    def _train(self, terms: Sequence[Term], rows: TrainingData) -> tuple[PreTrainedModel, list[Curve], str | None]:
+        """Train, with everything that the student must get back afterwards put back: the trained model, the curves,
+        and what the modifier has to say."""
         settings, student = self.settings, self.student
         recorded = self.teacher.recording(teacher_features(terms))
         with ExitStack() as stack:
@@ -175,14 +183,15 @@ class _Run:
                     stack.enter_context(showing_attention(side.model))
             stack.enter_context(_without_dropout(student.module))
             stack.enter_context(_learning(student, settings))
+            modifier = self.around.modification.start(student) if self.around.modification is not None else None
             teacher = self._teacher(recorded, terms, rows, stack)
             module = Distillation(student, terms)
             whole = copy.deepcopy(student.model) if os.environ.get("ACCELERATE_USE_FSDP") == "true" else student.model
-            trainer = self._trainer(module, teacher, rows)
+            trainer = self._trainer(module, teacher, rows, modifier)
             trainer.train(resume_from_checkpoint=newest_checkpoint(self.folder) if self.around.work else None)
             trainer.put_weights_into(whole)
         whole.to("cpu").requires_grad_(True).eval()
-        return whole, trainer.curves()
+        return whole, trainer.curves(), modifier.note() if modifier is not None else None
 
     def _teacher(
         self, recorded: Checkpoint, terms: Sequence[Term], rows: TrainingData, stack: ExitStack
@@ -205,10 +214,16 @@ class _Run:
         return cached_teacher(self.around.teacher_cache, key, views, rows, self.around.progress)
 
     def _trainer(
-        self, module: Distillation, teacher: Callable[[Batch], Outputs] | None, rows: TrainingData
+        self,
+        module: Distillation,
+        teacher: Callable[[Batch], Outputs] | None,
+        rows: TrainingData,
+        modifier: Modifier | None,
     ) -> DistillationTrainer:
         settings, around = self.settings, self.around
         callbacks: list[TrainerCallback] = [KeepZeros(self.student.module)]
+        if modifier is not None:
+            callbacks.append(modifier.callback)
         if is_main():
             callbacks.append(ProgressCallback(around.progress))
         if around.work is not None:
@@ -236,6 +251,7 @@ class _Run:
             data=rows,
             evaluation=around.evaluation,
             on_policy=own_text,
+            modifier=modifier,
             callbacks=callbacks,
         )
 

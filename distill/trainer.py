@@ -25,6 +25,7 @@ from ..errors import InputError, UsageError
 from ..models.batching import Batch
 from ..models.checkpoint import Checkpoint
 from ..models.lineage import Curve
+from .callbacks import Modifier
 from .module import Distillation
 from .objectives.base import Outputs
 from .on_policy import OnPolicyText
@@ -68,10 +69,11 @@ class DistillationTrainer(Trainer):
         data: TrainingData,
         evaluation: Evaluation | None,
         on_policy: OnPolicyText | None,
+        modifier: Modifier | None,
         callbacks: list[TrainerCallback],
     ) -> None:
         self._student, self._teacher, self._data = module.checkpoint, teacher, data
-        self._evaluation, self._on_policy = evaluation, on_policy
+        self._evaluation, self._on_policy, self._modifier = evaluation, on_policy, modifier
         self._prefix = next(f"{name}." for name, part in module.named_modules() if part is self._student.model)
         self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
         self._batches, self._rows, self._since = 0, 0, time.monotonic()
@@ -132,10 +134,18 @@ class DistillationTrainer(Trainer):
             now = time.monotonic()
             means = {name: float(total(value)) / processes() / self._batches for name, value in self._sums.items()}
             speed = self._rows * processes() / max(now - self._since, 1e-9)
-            logs = {**logs, **{f"objective/{name}": value for name, value in means.items()}, "throughput": speed}
+            traced = self._modifier.traced() if self._modifier is not None else {}
+            objectives = {f"objective/{name}": value for name, value in means.items()}
+            logs = {**logs, **objectives, **traced, "throughput": speed}
             self._sums.clear()
             self._batches, self._rows, self._since = 0, 0, now
         super().log(logs, *args, **kwargs)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """A modifier may have most of its work before it: the best are chosen among finished students only."""
+        if self._modifier is not None and not self._modifier.settled:
+            return False
+        return bool(super()._determine_best_metric(metrics, trial))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Weights and projections, as safetensors that may share tensors; FSDP and DeepSpeed bring their own state."""
@@ -143,6 +153,8 @@ class DistillationTrainer(Trainer):
         if self.args.should_save and state_dict is None:
             folder.mkdir(parents=True, exist_ok=True)
             save_model(self.model, str(folder / SAFE_WEIGHTS_NAME))
+            if self._modifier is not None:  # not in on_save, which comes after the checkpoint counts as whole
+                self._modifier.save_state(folder)
         elif self.args.should_save:
             super()._save(output_dir, state_dict)
 
@@ -152,6 +164,8 @@ class DistillationTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_model(model or self.model, path)
+            if self._modifier is not None:
+                self._modifier.load_state(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -172,9 +186,10 @@ class DistillationTrainer(Trainer):
     def curves(self) -> list[Curve]:
         """What was logged, a killed run's part included, in the order in which it first appeared."""
         points: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+        traced = {*_TRACED, *(self._modifier.traced() if self._modifier is not None else ())}
         for entry in self.state.log_history:
             for name, value in entry.items():
-                shown = _curve_name(name)
+                shown = name if name in traced else _curve_name(name)
                 if shown is not None:
                     points[shown][0].append(entry["step"])
                     points[shown][1].append(float(value))
@@ -186,8 +201,6 @@ class DistillationTrainer(Trainer):
 
 
 def _curve_name(name: str) -> str | None:
-    if name in _TRACED:
-        return name
     if name.startswith("objective/"):
         return name.removeprefix("objective/")
     return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else None

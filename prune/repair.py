@@ -13,12 +13,13 @@ from ..models.checkpoint import Checkpoint
 from ..models.importance import Calibration
 from ..models.shapes import shapes_of
 from ..models.surgery import Selection
-from .layerwise import Statistic, layerwise_pass
+from .layerwise import Moments, Statistic, layerwise_pass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DAMPING = 0.01
+CENTRE = True
 """Share of the Gram matrix's mean diagonal that is added to it, as SparseGPT does: channels that say the same would
 otherwise be played off against each other."""
 
@@ -47,12 +48,9 @@ def repaired(checkpoint: Checkpoint, selection: Selection, calibration: Calibrat
     for work in layerwise_pass(checkpoint, calibration, Statistic.GRAM, names=kept.keys()):
         for name, module in work.linear_layers():
             if name in kept:
-                gram = work.moments[name].gram
-                assert gram is not None
-                _fit(module, kept[name].to(gram.device), gram)
+                _fit(module, kept[name], work.moments[name])
                 target = anatomy.layers(model)[work.index].get_submodule(name.removeprefix(f"{work.name}."))
-                with torch.no_grad():
-                    target.weight.copy_(module.weight)  # type: ignore[operator,union-attr]
+                target.load_state_dict(module.state_dict())
     return model
 
 
@@ -71,12 +69,20 @@ def _kept_inputs(model: PreTrainedModel, selection: Selection) -> dict[str, torc
 
 
 @torch.no_grad()
-def _fit(module: Linear, kept: torch.Tensor, gram: torch.Tensor) -> None:
+def _fit(module: Linear, kept: torch.Tensor, seen: Moments) -> None:
     """Fit a projection to the inputs that stay, and zero what reads the others."""
+    assert seen.gram is not None and seen.sums is not None
     weight = module.weight if reduction_axis(module) == 1 else module.weight.T
-    inside = gram[kept][:, kept].double()
-    inside.diagonal().add_(DAMPING * inside.diagonal().mean().clamp_min(1e-30))
-    target = weight.double() @ gram[:, kept].double()
-    fitted = torch.linalg.solve(inside, target.T).T
-    weight.zero_()
-    weight[:, kept] = fitted.to(weight.dtype)
+    gram, mean = seen.gram.double(), seen.sums / seen.tokens
+    kept = kept.to(gram.device)
+    gone = torch.ones(len(gram), dtype=torch.bool, device=gram.device).index_fill(0, kept, False).nonzero().flatten()
+    if CENTRE and module.bias is not None:
+        gram = gram - seen.tokens * torch.outer(mean, mean)
+    inside = gram[kept][:, kept]
+    inside.diagonal().mul_(1 + DAMPING).add_(1e-6 * inside.diagonal().mean())
+    lost = weight[:, gone].double()
+    change = torch.linalg.solve(inside, (lost @ gram[gone][:, kept]).T).T
+    if CENTRE and module.bias is not None:
+        module.bias.add_((lost @ mean[gone] - change @ mean[kept]).to(module.bias.dtype))
+    weight[:, kept] += change.to(weight.dtype)
+    weight[:, gone] = 0

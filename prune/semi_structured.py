@@ -6,80 +6,88 @@ Neural Networks". The model keeps its shape, so only a compiler that looks for t
 
 from __future__ import annotations
 
-import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import torch
-
-from ..errors import InputError, UsageError
-from ..models.anatomy import anatomy_of, in_features, out_features, reduction_axis
+from ..models.anatomy import Linear
 from ..models.checkpoint import Checkpoint
-from ..models.sparsity import why_not_sparse
-from .result import PruneResult, check_finite, skipped_note
+from ..models.mapped import copy_of
+from .layerwise import Moments, layerwise_pass
+from .masks import SemiStructured, parse_pattern
+from .one_shot import Plan, get_sparsifier, matrix, plan, require_calibration, sparsify
+from .permutation import permute_channels
+from .result import PruneResult, check_finite
+from .sparsifier import Magnitude, Sparsifier
+from .wanda import Wanda
 
-PATTERNS: dict[str, tuple[int, int]] = {"2:4": (2, 4)}
+if TYPE_CHECKING:
+    import torch
+
+    from ..models.importance import Calibration
 
 
-def prune_semi_structured(checkpoint: Checkpoint, pattern: str = "2:4") -> PruneResult:
-    """Zero the smaller weights of every group, in every matrix inside the layers that sparse kernels can take.
+def prune_semi_structured(
+    checkpoint: Checkpoint,
+    pattern: str = "2:4",
+    method: str = "magnitude",
+    calibration: Calibration | None = None,
+    permute: bool = False,
+) -> PruneResult:
+    """Zero m - n weights of every group, in every matrix inside the layers that sparse kernels can take.
 
     Groups run along the reduction axis: dimension 1 of `nn.Linear` [out, in], dimension 0 of `Conv1D` [in, out].
     Embeddings and heads (tied ones among them) are outside the layers, hence stay dense. The checkpoint's own model is
     left as it was.
 
+    Args:
+        pattern: `N:M`, N less than M.
+        method: one of `SPARSIFIERS`.
+        calibration: examples, for a method that looks at them.
+        permute: first put channels in an order in which more of what matters is kept, the function unchanged (see
+            `permutation.py`), by the magnitude of weights, or by Wanda's scores for a method that looks at examples.
+            The whole model is in memory then, whatever its size.
+
     Raises:
-        UsageError: an unknown pattern.
-        InputError: an unknown architecture, weights that hold NaN, or a model in which no matrix is eligible.
+        UsageError: an unknown pattern or method, or one that needs examples without any.
+        InputError: an unknown architecture, weights that hold NaN, a model in which no matrix is eligible, or
+            examples on which the model's activations are not finite.
     """
-    n, m = parse_pattern(pattern)
+    groups, sparsifier = parse_pattern(pattern), get_sparsifier(method)
+    require_calibration(sparsifier, calibration)
     check_finite(checkpoint)
-    model = copy.deepcopy(checkpoint.model)
-    pruned: list[str] = []
-    skipped: list[tuple[str, str]] = []
-    for name, module in anatomy_of(model).linear_layers(model):
-        if (reason := why_not_sparse(in_features(module), out_features(module))) is not None:
-            skipped.append((name, reason))
-            continue
-        with torch.no_grad():
-            mask = nm_mask(module.weight, n, m, reduction_axis(module))
-            module.weight.masked_fill_(~mask, 0)
-        pruned.append(name)
-    if not pruned:
-        raise InputError(f"No matrix of {checkpoint.source} can be made {pattern}: {skipped_note(skipped)}")
-    note = f"{pattern} in {len(pruned)} of {len(pruned) + len(skipped)} matrices. {skipped_note(skipped)}".rstrip()
+    planned = plan(checkpoint, pattern, groups.why_not)
+    start, gained = checkpoint, ""
+    if permute:
+        start, gained = _permuted(checkpoint, groups, planned, sparsifier, calibration)
     return PruneResult(
-        model=model,
-        method=f"{pattern} by magnitude",
-        settings={"pattern": pattern, "method": "magnitude"},
-        skipped=skipped,
-        note=note,
+        model=sparsify(start, sparsifier, dict.fromkeys(planned.chosen, groups), calibration),
+        method=f"{pattern} by {method}{', permuted' if permute else ''}",
+        settings={"pattern": pattern, "method": method, "permute": permute},
+        skipped=planned.skipped,
+        note=f"{pattern} in {planned.note}{gained}",
     )
 
 
-def parse_pattern(pattern: str) -> tuple[int, int]:
-    """`"2:4"` -> (2, 4).
+def _permuted(
+    checkpoint: Checkpoint,
+    groups: SemiStructured,
+    planned: Plan,
+    sparsifier: Sparsifier,
+    calibration: Calibration | None,
+) -> tuple[Checkpoint, str]:
+    """The same function with its channels in another order, and what that gained."""
+    scorer: Sparsifier = Wanda() if sparsifier.needs_data else Magnitude()
+    looked_at, chosen = require_calibration(scorer, calibration), set(planned.chosen)
+    moments: dict[str, Moments] = {}
+    if looked_at is not None:
+        for layer in layerwise_pass(checkpoint, looked_at, scorer.statistic, names=chosen, changes=False):
+            moments.update(layer.moments)
 
-    Raises:
-        UsageError: a pattern that is not in `PATTERNS`.
-    """
-    if pattern not in PATTERNS:
-        raise UsageError(f"There is no pattern {pattern!r}; valid are {', '.join(PATTERNS)}.")
-    return PATTERNS[pattern]
+    def scores(name: str, module: Linear) -> torch.Tensor | None:
+        return scorer.scores(matrix(module).float(), moments.get(name)) if name in chosen else None
 
-
-def nm_mask(weight: torch.Tensor, n: int, m: int, dim: int) -> torch.Tensor:
-    """True at the n largest magnitudes of every m consecutive values along `dim`; of equal ones the first.
-
-    Returns:
-        A bool tensor of the weight's shape, with exactly n of every m true.
-
-    Raises:
-        InputError: the size along `dim` is not a multiple of m.
-    """
-    size = weight.shape[dim]
-    if size % m:
-        raise InputError(f"A size of {size} does not divide into groups of {m}.")
-    last = weight.detach().abs().movedim(dim, -1)
-    groups = last.reshape(*last.shape[:-1], size // m, m)
-    largest = torch.sort(groups, dim=-1, descending=True, stable=True).indices[..., :n]
-    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, largest, True)
-    return mask.flatten(-2).movedim(-1, dim)
+    model = copy_of(checkpoint.model, lambda weight: weight.detach().clone())
+    gain = permute_channels(model, scores, groups.n, groups.m, calibration.seed if calibration else 0)
+    if gain.before == 0:
+        return replace(checkpoint, model=model), ""
+    return replace(checkpoint, model=model), f" Reordered channels keep {gain.after / gain.before - 1:.2%} more score."

@@ -15,6 +15,7 @@ from ..errors import UsageError
 from ..exporters.artifact import artifact_size
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
+from ..prune.settings import PruneSettings
 from ..validate.latency import BenchResult, BenchSettings, BenchSubject, bench, speedup
 from .progress import Progress
 from .schema import Constraints, Export, Recipe
@@ -110,6 +111,8 @@ def _untrained(recipe: Recipe, wanted: Export, teacher: Checkpoint, data: Data, 
         if stage.distill is not None and stage.distill.student is not None:
             checkpoint = draw_student(checkpoint, stage.distill.student, data)
         cut = stage.cycle.prune if stage.cycle is not None else stage.prune
+        if stage.sparsify is not None and stage.sparsify.pattern is not None:
+            cut = PruneSettings(pattern=stage.sparsify.pattern)
         if cut is not None:
             of_shape = cut if cut.budget is not None else cut.of_the_same_shape()
             for _ in range(stage.cycle.rounds if stage.cycle is not None else 1):

@@ -194,6 +194,7 @@ class RecipeRun:
 
     def _surroundings(self, stage: Stage, work: Path) -> Surroundings:
         from ..distill.distillation import Surroundings
+        from .steps import sparsification
 
         assert stage.training is not None
         cache = None
@@ -204,6 +205,7 @@ class RecipeRun:
             teacher_cache=cache,
             evaluation=self._evaluation(stage.training.metric) if stage.chooses_weights else None,
             work=work,
+            modification=sparsification(stage.sparsify) if stage.sparsify is not None else None,
             rationale=stage.rationale,
             progress=self.progress.advance,
         )

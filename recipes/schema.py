@@ -15,6 +15,7 @@ from ..errors import InputError, UsageError
 from ..exporters.settings import ExportSettings, Precision, ShapeRange
 from ..files import read_yaml
 from ..prune.settings import PruneSettings
+from ..prune.sparsify_settings import SparsifySettings
 from ..validate.report import Gate, describe_problems
 
 _RESERVED = ("plan", "measurement")
@@ -114,6 +115,8 @@ class Stage(_Part):
     data: str | None = None
     """Text of its own; `data.train` when not given."""
     distill: DistillSettings | None = None
+    sparsify: SparsifySettings | None = None
+    """Zeros that come while `distill` trains."""
     prune: PruneSettings | None = None
     cycle: Cycle | None = None
     rationale: str | None = None
@@ -122,6 +125,8 @@ class Stage(_Part):
     def _one_verb(self) -> Self:
         if [self.distill, self.prune, self.cycle].count(None) != 2:
             raise ValueError(f"the stage {self.name} needs exactly one of distill, prune and cycle")
+        if self.sparsify is not None and self.distill is None:
+            raise ValueError(f"the stage {self.name} has sparsify, which needs a training beside it: add distill")
         if self.prune is not None and self.teacher is not None:
             raise ValueError(f"the stage {self.name} prunes: it has no use for a teacher")
         return self

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..backends.base import ExportJob
 from ..backends.registry import backend_for, backend_of_format, get_backend, load_runner
+from ..distill.callbacks import Modification
 from ..distill.distillation import Surroundings
 from ..distill.distillation import distill as train_student
 from ..distill.settings import DistillSettings
@@ -28,8 +29,10 @@ from ..models.batching import Batch, Examples, pad
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
 from ..models.lineage import TRAINING_ROWS_FILE
+from ..prune.gradual import SparsityInTraining
 from ..prune.pruning import prune as prune_checkpoint
 from ..prune.settings import PruneSettings
+from ..prune.sparsify_settings import SparsifySettings
 from ..validate.gates import apply_gates
 from ..validate.latency import BenchResult, BenchSettings, BenchSubject
 from ..validate.latency import bench as time_side_by_side
@@ -101,6 +104,16 @@ def evaluation_on(data: Data, teacher: Checkpoint, metric: str | None = None) ->
     return Evaluation(lambda student: score_checkpoint(student, standard), chosen, higher_is_better(chosen))
 
 
+def sparsification(settings: SparsifySettings) -> Modification:
+    """Sparsity that is reached while a distillation trains, for `Surroundings(modification=...)`."""
+    return Modification(
+        "sparsify",
+        settings.summary,
+        settings.model_dump(mode="json"),
+        start=lambda student: SparsityInTraining(student, settings),
+    )
+
+
 def prune(
     checkpoint: Checkpoint,
     settings: PruneSettings,
@@ -110,6 +123,10 @@ def prune(
     progress: Progress = SILENT,
 ) -> Checkpoint:
     """Remove what matters least; see `PruneSettings`."""
+    if settings.budget is not None:
+        from .budget import prune_to_budget  # which compiles and times what it cuts, by the steps of this file
+
+        return prune_to_budget(checkpoint, settings, data, rationale=rationale, progress=progress)
     return prune_checkpoint(checkpoint, settings, data, rationale, progress.advance)
 
 

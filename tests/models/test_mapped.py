@@ -73,15 +73,13 @@ def test_no_room_on_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 _PRUNE = """
 import json, sys, threading
+from dataclasses import replace
 from pathlib import Path
 import torch, transformers
 from limbeck.models import mapped
 from limbeck.models.batching import Examples
-from limbeck.models.checkpoint import Checkpoint
-from limbeck.models.embedding import Pooling
+from limbeck.models.checkpoint import load_checkpoint
 from limbeck.models.importance import Calibration
-from limbeck.models.lineage import Lineage
-from limbeck.models.tasks import get_task
 from limbeck.prune.semi_structured import prune_semi_structured
 
 def private():
@@ -90,11 +88,11 @@ def private():
 
 mapped.MAPPED_FROM = 2**24
 torch.set_num_threads(1)
-tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[2])
+calibration = Calibration(Examples([{"input_ids": [5] * 8, "attention_mask": [1] * 8}] * 4), 4)
+tiny = load_checkpoint(sys.argv[2], "text-generation")
+prune_semi_structured(tiny, "2:4", sys.argv[3], calibration)  # whatever is imported on the way, is now
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").eval()
-checkpoint = Checkpoint(model, tokenizer, get_task("text-generation"), Lineage(origin="", task=""), "", "")
-features = [{"input_ids": [5] * 8, "attention_mask": [1] * 8}] * 4
-
+checkpoint = replace(tiny, model=model)
 peak, ended = 0, threading.Event()
 def watch():
     global peak
@@ -102,7 +100,7 @@ def watch():
         peak = max(peak, private())
 before = private()
 watcher = threading.Thread(target=watch); watcher.start()
-result = prune_semi_structured(checkpoint, "2:4", sys.argv[3], Calibration(Examples(features), 4))
+result = prune_semi_structured(checkpoint, "2:4", sys.argv[3], calibration)
 ended.set(); watcher.join()
 zeros = float((result.model.model.layers[3].mlp.up_proj.weight == 0).float().mean())
 size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -111,17 +109,15 @@ print(json.dumps({"peak": peak - before, "size": size, "zeros": zeros}))
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux says what is private")
-@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
-def test_a_model_is_pruned_in_a_fraction_of_its_size(
-    method: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
-) -> None:
+def test_a_model_is_pruned_in_a_fraction_of_its_size(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     config = transformers.LlamaConfig(
-        vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=48, num_attention_heads=4,
+        vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=32, num_attention_heads=4,
         num_key_value_heads=4,
     )  # fmt: skip
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    command = [sys.executable, "-c", _PRUNE, str(tmp_path / "model"), str(tiny_checkpoint("llama")), method]
+    tiny = tiny_checkpoint("llama", task="text-generation")
+    command = [sys.executable, "-c", _PRUNE, str(tmp_path / "model"), str(tiny), "wanda"]
     found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
     assert found["zeros"] == 0.5
-    assert found["size"] > 1.2e8
-    assert found["peak"] < found["size"] / 3
+    assert found["size"] > 8e7
+    assert found["peak"] < found["size"] / 4

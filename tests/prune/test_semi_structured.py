@@ -14,10 +14,14 @@ from hypothesis.extra import numpy as hnp
 
 from limbeck.errors import InputError, UsageError
 from limbeck.models.anatomy import ANATOMIES, anatomy_of, reduction_axis
+from limbeck.models.batching import Examples
 from limbeck.models.checkpoint import hash_of_model, load_checkpoint
+from limbeck.models.importance import Calibration
 from limbeck.models.sparsity import is_semi_structured, zero_share
+from limbeck.prune.masks import nm_mask
+from limbeck.prune.one_shot import SPARSIFIERS
 from limbeck.prune.pruning import prune
-from limbeck.prune.semi_structured import nm_mask, prune_semi_structured
+from limbeck.prune.semi_structured import prune_semi_structured
 from limbeck.prune.settings import PruneSettings
 
 TinyCheckpoint = Callable[..., Path]
@@ -127,6 +131,69 @@ def test_a_model_in_which_nothing_can_be_sparse_is_refused(tiny_checkpoint: Tiny
         prune_semi_structured(checkpoint)
 
 
-def test_an_unknown_pattern_is_refused(tiny_checkpoint: TinyCheckpoint) -> None:
-    with pytest.raises(UsageError, match="2:4"):
-        prune_semi_structured(load_checkpoint(tiny_checkpoint("bert")), pattern="3:5")
+@pytest.mark.parametrize("pattern", ["3:5:7", "4:2", "4:4", "0:4", "2 of 4", "1:64", ""])
+def test_an_unknown_pattern_is_refused(pattern: str, tiny_checkpoint: TinyCheckpoint) -> None:
+    with pytest.raises(UsageError, match="N:M"):
+        prune_semi_structured(load_checkpoint(tiny_checkpoint("bert")), pattern=pattern)
+
+
+@pytest.mark.parametrize("method", sorted(SPARSIFIERS))
+@pytest.mark.parametrize(("family", "pattern"), [("gpt2", "1:4"), ("llama", "4:8"), ("modernbert", "2:4")])
+def test_every_method_keeps_n_of_m(
+    family: str, pattern: str, method: str, tiny_checkpoint: TinyCheckpoint, texts: list[str]
+) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint(family))
+    examples = Examples([dict(checkpoint.tokenizer(text)) for text in texts[:8]])
+    result = prune_semi_structured(checkpoint, pattern, method, Calibration(examples, batch_size=4))
+    n, m = map(int, pattern.split(":"))
+    skipped = {name for name, _ in result.skipped}
+    for name, module in anatomy_of(result.model).linear_layers(result.model):
+        if name not in skipped:
+            kept = (module.weight != 0).movedim(reduction_axis(module), -1).unflatten(-1, (-1, m)).sum(dim=-1)
+            assert (kept == n).all(), name
+    assert result.method == f"{pattern} by {method}"
+    assert hash_of_model(checkpoint.model) == checkpoint.hash
+
+
+def test_padding_does_not_matter(tiny_checkpoint: TinyCheckpoint, texts: list[str]) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint("bert"))
+    examples = Examples([dict(checkpoint.tokenizer(text)) for text in texts[:8]])
+    alone, padded = (
+        prune_semi_structured(checkpoint, "2:4", "sparsegpt", Calibration(examples, size)).model for size in (1, 8)
+    )
+    for one, other in zip(alone.parameters(), padded.parameters(), strict=True):
+        assert torch.equal(one == 0, other == 0)
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_groups_that_do_not_divide_are_listed(tiny_checkpoint: TinyCheckpoint) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint("bert"))
+    with pytest.raises(InputError, match="input size 32 does not divide into groups of 5"):
+        prune_semi_structured(checkpoint, "3:5")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+def test_channels_may_be_put_in_a_better_order_first(
+    method: str, tiny_checkpoint: TinyCheckpoint, texts: list[str]
+) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint("llama", task="text-generation"))
+    examples = Examples([dict(checkpoint.tokenizer(text)) for text in texts[:8]])
+    plain, permuted = (
+        prune_semi_structured(checkpoint, "2:4", method, Calibration(examples, 4), permute=permute)
+        for permute in (False, True)
+    )
+    assert permuted.method == f"2:4 by {method}, permuted"
+    assert permuted.note is not None and "more score" in permuted.note and "-" not in permuted.note.split(" keep ")[1]
+    assert hash_of_model(checkpoint.model) == checkpoint.hash
+    if method == "magnitude":
+        kept = [
+            sum(float(m.weight.detach().abs().sum()) for _, m in anatomy_of(result.model).linear_layers(result.model))
+            for result in (plain, permuted)
+        ]
+        assert kept[1] > kept[0]
+
+
+@pytest.mark.parametrize(("method", "message"), [("wanda", "needs examples"), ("movement", "training")])
+def test_methods_without_what_they_need_are_refused(method: str, message: str, tiny_checkpoint: TinyCheckpoint) -> None:
+    with pytest.raises(UsageError, match=message):
+        prune_semi_structured(load_checkpoint(tiny_checkpoint("bert")), method=method)

@@ -38,11 +38,13 @@ def test_an_example_names_only_what_there_is(name: str) -> None:
 
 
 def test_each_shows_what_it_is_there_for() -> None:
-    assert NAMES == ["cycle", "gradual", "layer-by-layer", "teacher-assistant"]
+    assert NAMES == ["cycle", "gradual", "gradual-sparsity", "layer-by-layer", "teacher-assistant"]
     layers = [stage.distill.train_layers for stage in recipe("layer-by-layer").stages if stage.distill]
     assert layers == [[0], [1], [2], None]
     assert any(stage.teacher == "assistant" for stage in recipe("teacher-assistant").stages)
     assert recipe("cycle").stages[-1].cycle is not None
+    sparse = [stage.sparsify.method for stage in recipe("gradual-sparsity").stages if stage.sparsify]
+    assert sparse == ["movement", "sr-ste"]
 
 
 def test_the_sentences_are_in_no_other_text() -> None:

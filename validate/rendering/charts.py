@@ -171,8 +171,15 @@ def reliability(bins: Sequence[ReliabilityBin], title: str, series: int) -> Mark
     return drawing(_WIDTH, height, f"Reliability of {title}: accuracy against confidence in {len(filled)} bins", *parts)
 
 
-def curve(item: Curve, series: int, steps: tuple[float, float], title: str, marked: float | None = None) -> Markup:
-    """A quantity over training steps.
+def curve(
+    item: Curve,
+    series: int,
+    steps: tuple[float, float],
+    title: str,
+    marked: float | None = None,
+    over: str = "training step",
+) -> Markup:
+    """A quantity over training steps, or over what `over` says that `item.steps` are.
 
     Args:
         steps: the ends of the x axis, which the panels of one training share.
@@ -183,7 +190,7 @@ def curve(item: Curve, series: int, steps: tuple[float, float], title: str, mark
     known = [(at, value) for at, value in zip(item.steps, item.values, strict=True) if math.isfinite(value)]
     x = Scale(*steps, left, right)
     y = Scale(*span([value for _, value in known], padding=0.08), bottom, top)
-    parts = [x_axis(x, bottom, "training step"), y_axis(y, left, right)]
+    parts = [x_axis(x, bottom, over), y_axis(y, left, right)]
     points = [(x(at), y(value)) for at, value in known]
     parts.append(polyline(points, f"curve s{series % SERIES}"))
     words = f"{title}: nothing finite to draw"

@@ -16,11 +16,13 @@ from .svg import span
 
 _METRIC = "eval/"
 _MACHINERY = ("learning_rate", "grad_norm", "throughput")
-_TITLES = {"loss": "Total loss", "grad_norm": "Gradient norm", "recall_at_1": "Recall@1", "f1": "F1", "ece": "ECE",
+_TITLES = {"loss": "Total loss", "sparsity": "Share of zeros", "grad_norm": "Gradient norm",
+           "recall_at_1": "Recall@1", "f1": "F1", "ece": "ECE",
            "kl_mean": "KL, mean"}  # fmt: skip
+_SPARSITY = "sparsity"
 _METRICS_IN_SIGHT = 3
 _DIGITS = 3
-_METRIC_COLOUR, _OBJECTIVE_COLOUR, _MACHINERY_COLOUR = 1, 3, 0
+_METRIC_COLOUR, _SPARSITY_COLOUR, _OBJECTIVE_COLOUR, _MACHINERY_COLOUR = 1, 2, 3, 0
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def _sorted(step: Step) -> tuple[list[Curve], list[Curve], list[Curve]]:
 
     metrics = sorted((curve for curve in step.curves if curve.name.startswith(_METRIC)), key=rank)
     machinery = [curve for curve in step.curves if curve.name in _MACHINERY]
-    objectives = [curve for curve in step.curves if curve not in metrics and curve not in machinery]
+    others = [*_MACHINERY, _SPARSITY]
+    objectives = [curve for curve in step.curves if curve not in metrics and curve.name not in others]
     return metrics, sorted(objectives, key=lambda curve: curve.name != "loss"), machinery
 
 
@@ -98,6 +101,9 @@ def _groups(step: Step) -> Iterator[Group]:
     if metrics:
         panels = [_metric_panel(curve, steps) for curve in metrics[:_METRICS_IN_SIGHT]]
         yield Group("Quality while training", "Measured on held-out examples; the mark is the best.", panels)
+    zeros = next((curve for curve in step.curves if curve.name == _SPARSITY), None)
+    if zeros is not None:
+        yield _sparsity_group(zeros, [*metrics[:1], *(item for item in objectives if item.name == "loss")], steps)
     if objectives:
         panels = [_panel(curve, steps, _OBJECTIVE_COLOUR, _first_and_last(curve)) for curve in objectives]
         yield Group("Objectives", "What was made smaller: the weighted total, then each term by itself.", panels)
@@ -109,6 +115,27 @@ def _groups(step: Step) -> Iterator[Group]:
     if machinery:
         panels = [_panel(curve, steps, _MACHINERY_COLOUR, _typical(curve)) for curve in machinery]
         yield Group("How the training ran", _names(machinery), panels, folded=True)
+
+
+def _sparsity_group(zeros: Curve, measured: list[Curve], steps: tuple[float, float]) -> Group:
+    """How sparsity grew, and what it did to the metric that stands for quality and to the loss."""
+    panels = [_panel(zeros, steps, _SPARSITY_COLOUR, _first_and_last(zeros))]
+    ends = span(zeros.values, padding=0.02)
+    for item, series in zip(measured, (_METRIC_COLOUR, _OBJECTIVE_COLOUR), strict=False):
+        by_zeros = _against(item, zeros)
+        title = f"{title_of_curve(item)} against sparsity"
+        drawn = charts.curve(by_zeros, series, ends, title, over="share of zeros")
+        panels.append(Panel(title, _first_and_last(by_zeros), drawn))
+    note = "Zeros in the matrices inside the layers. A cliff is where the curve against sparsity bends: cut no further."
+    return Group("Sparsity", note, panels)
+
+
+def _against(item: Curve, zeros: Curve) -> Curve:
+    """A curve over the share of zeros: for each share the last value, which is what training at that share reached."""
+    share_at = dict(zip(zeros.steps, zeros.values, strict=True))
+    reached = {share_at[at]: value for at, value in zip(item.steps, item.values, strict=True) if at in share_at}
+    shares = sorted(reached)
+    return item.model_copy(update={"steps": shares, "values": [reached[share] for share in shares]})
 
 
 def _similarity_group(similarity: LayerSimilarity) -> Group:
