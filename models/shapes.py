@@ -117,7 +117,7 @@ def class_for(model_class: type[PreTrainedModel], config: PretrainedConfig) -> t
     sizes under `KEY`."""
     if not hasattr(config, KEY) or issubclass(model_class, _Shaped):
         return model_class
-    return _shaped(model_class)
+    return _shaped(model_class)  # type: ignore[arg-type]  # classes can be hashed
 
 
 class _Shaped:
@@ -189,7 +189,7 @@ def _resize(layer: nn.Module, name: str, inputs: int | None = None, outputs: int
     old: Any = layer.get_submodule(name)
     rows, columns = outputs or out_features(old), inputs or in_features(old)
     if isinstance(old, Conv1D):
-        layer.set_submodule(name, Conv1D(rows, columns))
+        layer.set_submodule(name, Conv1D(rows, columns))  # type: ignore[no-untyped-call]
     else:
         layer.set_submodule(name, nn.Linear(columns, rows, bias=old.bias is not None))
 
@@ -207,7 +207,7 @@ def _tell_attention(attention: Any, shape: LayerShape, size: int) -> None:
         "split_size": shape.heads * size,
         "num_key_value_groups": shape.heads // shape.key_value_heads,
     }
-    before = getattr(attention, "attention_head_size", None) or getattr(attention, "head_dim", size)
+    before: int = getattr(attention, "attention_head_size", None) or getattr(attention, "head_dim", size)
     for name, value in names.items():
         if hasattr(attention, name):
             setattr(attention, name, value)

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 
 
 class Statistic(StrEnum):
-    """What is added up over the inputs x [in] of a linear module: `sum x^2` [in], or `sum x x^T` [in, in]."""
+    """What is added up over the inputs x [in] of a linear module: `sum x^2` [in], `sum x x^T` [in, in], or
+    `sum x x^T / |x|^2`, in which no token counts more than another."""
 
     SQUARES = "squares"
     GRAM = "gram"
+    RELATIVE_GRAM = "relative gram"
 
 
 @dataclass
@@ -46,14 +48,22 @@ class Moments:
     without damping."""
     factor: torch.Tensor | None = None
     """What SparseGPT makes of the Gram matrix, for the modules that share it."""
+    relative: bool = False
+    """Whether every token is weighted by 1 / |x|^2."""
+    weight: float = 0.0
+    """The sum of the weights; with `relative` only, as is `sums`."""
     sums: torch.Tensor | None = None
-    """[in], float64: the sum of every input channel."""
+    """[in], float64: the weighted sum of the inputs."""
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add tokens [tokens, in]."""
         self.tokens += len(inputs)
-        total = inputs.sum(dim=0, dtype=torch.float64)
-        self.sums = total if self.sums is None else self.sums + total
+        if self.relative:
+            lengths = inputs.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            inputs = inputs / lengths
+            total = (inputs / lengths).sum(dim=0, dtype=torch.float64)
+            self.sums = total if self.sums is None else self.sums + total
+            self.weight += float(lengths.double().pow(-2).sum())
         if self.gram is None:
             self.squares += inputs.square().sum(dim=0)
         elif self.gram.dtype == inputs.dtype:
@@ -268,8 +278,9 @@ class _Collector:
 
     def _empty(self, name: str, size: int, device: torch.device) -> Moments:
         squares = torch.zeros(size, dtype=torch.float64, device=device)
-        whole = self._statistic is Statistic.GRAM
-        return Moments(name, 0, squares, torch.zeros(size, size, dtype=self._dtype, device=device) if whole else None)
+        whole = self._statistic is not Statistic.SQUARES
+        gram = torch.zeros(size, size, dtype=self._dtype, device=device) if whole else None
+        return Moments(name, 0, squares, gram, relative=self._statistic is Statistic.RELATIVE_GRAM)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

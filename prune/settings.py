@@ -77,7 +77,9 @@ class PruneSettings(BaseModel):
         return self
 
     def _check_method(self) -> None:
-        known = ZERO_METHODS if self.pattern is not None or self.sparsity is not None else STRUCTURE_METHODS
+        known: tuple[str, ...] = (
+            ZERO_METHODS if self.pattern is not None or self.sparsity is not None else STRUCTURE_METHODS
+        )
         if self.budget is not None:
             known = ("taylor", "fisher")  # whose scores add up over layers
         if self.method == "movement":

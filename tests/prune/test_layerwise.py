@@ -105,7 +105,7 @@ def test_only_named_modules_are_added_up_and_progress_ends_at_all(load: Callable
     calls: list[tuple[int, int]] = []
     name = "encoder.layer.1.output.dense"
     calibration = Calibration(examples, 8, progress=lambda done, total: calls.append((done, total)))
-    passed = list(layerwise_pass(checkpoint, calibration, Statistic.SQUARES, names={name}, changes=False))
+    passed = layerwise_pass(checkpoint, calibration, Statistic.SQUARES, names={name}, changes=False)
     assert [sorted(layer.moments) for layer in passed] == [[], [name]]
     assert calls == [(done, 4) for done in (1, 2, 3, 4)]
 

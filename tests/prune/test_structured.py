@@ -175,12 +175,17 @@ def test_repair_is_the_least_squares_solution(
     assert selection.heads is not None
     kept = (selection.heads[0].query.unsqueeze(1) * 8 + torch.arange(8)).flatten()
     inputs, weight = seen[0], output.weight.detach().double()
-    inside = inputs[:, kept]
-    damping = (DAMPING * inside.square().sum(dim=0).mean()).sqrt()
-    rows = torch.cat([inside, damping * torch.eye(len(kept), dtype=torch.float64)])
-    target = torch.cat([inputs @ weight.T, torch.zeros(len(kept), len(weight), dtype=torch.float64)])
-    expected = torch.linalg.lstsq(rows, target).solution.T
+    gone = torch.tensor([channel for channel in range(32) if channel not in kept.tolist()])
+    scale = 1 / inputs.norm(dim=1, keepdim=True)
+    mean = (scale**2 * inputs).sum(dim=0) / (scale**2).sum()
+    damping = (DAMPING * (scale * (inputs - mean)[:, kept]).square().sum(dim=0)).sqrt()
+    ones = torch.cat([scale, torch.zeros(len(kept), 1, dtype=torch.float64)])
+    rows = torch.cat([torch.cat([scale * inputs[:, kept], damping.diag()]), ones], dim=1)
+    lost = torch.cat([scale * (inputs[:, gone] @ weight[:, gone].T), torch.zeros(len(kept), 32, dtype=torch.float64)])
+    solution = torch.linalg.lstsq(rows, lost).solution
+    expected = weight[:, kept] + solution[:-1].T
     pruned = prune(checkpoint, wanted, data).model.get_submodule("encoder.layer.0.attention.output.dense")
+    assert torch.allclose(pruned.bias.double(), output.bias.double() + solution[-1], atol=1e-3)
     assert torch.allclose(pruned.weight.double(), expected, atol=1e-4)
 
 
