@@ -207,7 +207,7 @@ def _tell_attention(attention: Any, shape: LayerShape, size: int) -> None:
         "split_size": shape.heads * size,
         "num_key_value_groups": shape.heads // shape.key_value_heads,
     }
-    before: int = getattr(attention, "attention_head_size", None) or getattr(attention, "head_dim", size)
+    before = int(getattr(attention, "attention_head_size", 0) or getattr(attention, "head_dim", size))
     for name, value in names.items():
         if hasattr(attention, name):
             setattr(attention, name, value)
