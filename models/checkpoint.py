@@ -321,5 +321,5 @@ def hash_of_model(model: PreTrainedModel) -> str:
         if name.startswith("pooler."):  # an embedder's unused head, dropped on first use
             continue
         digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
+
+from ..errors import UsageError
 
 KERNEL_MULTIPLE = 32
 """Both sizes of a sparse matrix must be multiples of this. cuSPARSELt takes multiples of 16 in float16 and bfloat16 and
 of 32 in int8 and fp8, as PyTorch's table for it says (`torch/sparse/semi_structured.py`,
 `SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS`); the stricter one, since the precision may change."""
+
+_LARGEST_GROUP = 32
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """`"2:4"` -> (2, 4): at most 2 of every 4 are not zero.
+
+    Raises:
+        UsageError: not of the form N:M with 1 <= N < M <= 32.
+    """
+    found = re.fullmatch(r"(\d{1,2}):(\d{1,2})", pattern)
+    if found is None or not 1 <= int(found[1]) < int(found[2]) <= _LARGEST_GROUP:
+        raise UsageError(
+            f"There is no pattern {pattern!r}; a pattern is N:M, N less than M and M at most {_LARGEST_GROUP}.",
+            "Use 2:4, which is what sparse kernels take.",
+        )
+    return int(found[1]), int(found[2])
 
 
 def is_semi_structured(weight: np.ndarray, axis: int, n: int = 2, m: int = 4) -> bool:

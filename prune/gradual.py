@@ -27,11 +27,11 @@ from transformers import TrainerCallback
 from ..errors import InputError, UsageError
 from ..models.anatomy import Linear, anatomy_of, in_features, out_features, reduction_axis
 from ..models.checkpoint import Checkpoint
-from ..models.sparsity import is_semi_structured, why_not_sparse
+from ..models.sparsity import is_semi_structured, parse_pattern, why_not_sparse
 from .masks import nm_mask
 from .result import check_finite, skipped_note
 from .schedules import masks_at
-from .sparsify_settings import SparsifySettings, parse_pattern
+from .sparsify_settings import SparsifySettings
 from .training_masks import block_sums, fill_blocks, keep_share
 from .training_methods import ByMagnitude, ByMovement, SparseMatrix, SrSte, TrainingMethod
 

@@ -5,17 +5,14 @@ Scores are float32 [out, in], not negative, higher = more is lost without the we
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
-from ..errors import InputError, UsageError
+from ..errors import InputError
 from ..models.sparsity import why_not_sparse
-
-_LARGEST_GROUP = 32
 
 
 class Pattern(ABC):
@@ -92,21 +89,6 @@ class Above(Pattern):
 
     def why_not(self, rows: int, columns: int) -> str | None:
         return _why_no_blocks(rows, columns, self.block)
-
-
-def parse_pattern(pattern: str) -> SemiStructured:
-    """`"2:4"` -> at most 2 of every 4.
-
-    Raises:
-        UsageError: not of the form N:M with 1 <= N < M <= 32.
-    """
-    found = re.fullmatch(r"(\d{1,2}):(\d{1,2})", pattern)
-    if found is None or not 1 <= int(found[1]) < int(found[2]) <= _LARGEST_GROUP:
-        raise UsageError(
-            f"There is no pattern {pattern!r}; a pattern is N:M, N less than M and M at most {_LARGEST_GROUP}.",
-            "Use 2:4, which is what sparse kernels take.",
-        )
-    return SemiStructured(int(found[1]), int(found[2]))
 
 
 def nm_mask(weight: torch.Tensor, n: int, m: int, dim: int) -> torch.Tensor:

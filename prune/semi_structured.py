@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from ..models.anatomy import Linear
 from ..models.checkpoint import Checkpoint
 from ..models.mapped import copy_of
+from ..models.sparsity import parse_pattern
 from .layerwise import Moments, layerwise_pass
-from .masks import SemiStructured, parse_pattern
+from .masks import SemiStructured
 from .one_shot import Plan, get_sparsifier, matrix, plan, require_calibration, sparsify
 from .permutation import permute_channels
 from .result import PruneResult, check_finite
@@ -52,7 +53,7 @@ def prune_semi_structured(
         InputError: an unknown architecture, weights that hold NaN, a model in which no matrix is eligible, or
             examples on which the model's activations are not finite.
     """
-    groups, sparsifier = parse_pattern(pattern), get_sparsifier(method)
+    groups, sparsifier = SemiStructured(*parse_pattern(pattern)), get_sparsifier(method)
     require_calibration(sparsifier, calibration)
     check_finite(checkpoint)
     planned = plan(checkpoint, pattern, groups.why_not)

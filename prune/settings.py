@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..errors import UsageError, did_you_mean
+from ..models.sparsity import parse_pattern
 from .budget_settings import Budget
 
 STRUCTURE_METHODS = ("magnitude", "taylor", "fisher", "activation", "block-influence")
@@ -103,8 +103,8 @@ class PruneSettings(BaseModel):
             raise UsageError(f"repair fits what stays of heads or ffn, not of {self.structure}: train it instead.")
         if self.protect and self.structure == "width":
             raise UsageError("protect cannot leave layers whole when the width that they share is cut.")
-        if self.pattern is not None and not re.fullmatch(r"[1-9]\d{0,2}:[1-9]\d{0,2}", self.pattern):
-            raise UsageError(f"There is no pattern {self.pattern!r}; a pattern is N:M, for example 2:4.")
+        if self.pattern is not None:
+            parse_pattern(self.pattern)
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise UsageError(f"sparsity is {self.sparsity:g}; it must be between 0 and 1.", "Use --sparsity 0.5.")
         if self.block is not None and min(self.block) < 1:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..errors import UsageError
+from ..models.sparsity import parse_pattern
 from .schedules import get_schedule
 
 _OF_A_SCHEDULE = ("schedule", "end", "every", "allocation", "block")
@@ -111,15 +112,3 @@ class SparsifySettings(BaseModel):
     def summary(self) -> str:
         """In a few words, for the history: `80 % zeros by movement`, `2:4 by sr-ste`."""
         return f"{self.pattern or f'{100 * self.zeros:g} % zeros'} by {self.method}"
-
-
-def parse_pattern(pattern: str) -> tuple[int, int]:
-    """`"2:4"` -> (2, 4).
-
-    Raises:
-        UsageError: not N:M with 0 < N < M.
-    """
-    n, _, m = pattern.partition(":")
-    if not (n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
-        raise UsageError(f"There is no pattern {pattern!r}; it is N:M with 0 < N < M.", 'Say "2:4".')
-    return int(n), int(m)
