@@ -43,7 +43,7 @@ class Budget(BaseModel):
             raise UsageError(f"The budget {self.kind} is {self.limit:g}; it must be {valid}.")
         if self.latency_ms is not None and self.backend is None:
             raise UsageError(
-                "A budget in latency needs the backend that it is measured on.", "Add --backend openvino, or onnx."
+                "A budget in latency needs the backend that it is measured on.", "Add backend=openvino, or onnx."
             )
         if self.latency_ms is None and self.threads is not None:
             raise UsageError(f"A budget in {self.kind} is counted, not timed: threads change nothing. Leave them out.")
