@@ -7,6 +7,7 @@ test needs a network. A folder is made once a session: tests read it and write e
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,11 @@ TEXTS = [
     "The ticket was cheap and the seat was comfortable.",
     "Go.",
 ]
+
+
+def pytest_sessionstart() -> None:
+    """Workers of pytest-xdist are told the width of a terminal that their output never reaches."""
+    os.environ.pop("COLUMNS", None)
 
 
 @pytest.fixture(scope="session")
