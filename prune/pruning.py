@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import InputError, UsageError
 from ..models.anatomy import anatomy_of, reduction_axis
+from ..models.batching import Examples
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
 from ..models.importance import Calibration, Progress, get_importance
@@ -91,7 +92,19 @@ def _calibration(checkpoint: Checkpoint, settings: PruneSettings, data: Data, pr
     examples = checkpoint.task.examples(data, checkpoint.tokenizer, checkpoint.max_length, checkpoint.model.config)
     if len(examples) == 0:
         raise InputError(f"{data.source} has no rows that pruning could look at.")
-    return Calibration(examples, settings.batch_size, settings.seed, progress)
+    return Calibration(_at_most(examples, settings), settings.batch_size, settings.seed, progress)
+
+
+def _at_most(examples: Examples, settings: PruneSettings) -> Examples:
+    """A long text is many windows of a language model: of these too, no more than `samples` are looked at."""
+    many, count = len(examples.features), settings.samples
+    if count is None or many <= count or examples.pairs:
+        return examples
+    chosen = np.sort(np.random.default_rng(settings.seed).choice(many, size=count, replace=False))
+    references = examples.references
+    if references is not None and len(references) == many:
+        references = references[chosen]
+    return Examples([examples.features[index] for index in chosen], references)
 
 
 def _pruned(checkpoint: Checkpoint, settings: PruneSettings, calibration: Calibration | None) -> PruneResult:

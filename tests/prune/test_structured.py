@@ -261,6 +261,17 @@ def test_the_rows_that_importance_saw_are_recorded(
     assert again.hash == pruned.hash
 
 
+def test_no_more_windows_of_a_long_text_are_looked_at_than_samples(
+    tiny_checkpoint: TinyCheckpoint, texts: list[str], write_jsonl: WriteRows, tmp_path: Path
+) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint("llama", task="text-generation"))
+    data = checkpoint.read(write_jsonl(tmp_path / "rows.jsonl", [{"text": " ".join(texts)}]))
+    seen: list[tuple[int, int]] = []
+    chosen = PruneSettings(structure="ffn", keep=0.5, method="fisher", samples=3, batch_size=1)
+    prune(checkpoint, chosen, data, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (3, 3)
+
+
 @pytest.mark.parametrize("keep", [0.0, -0.5, 1.5, float("nan")])
 def test_a_share_outside_its_range_is_refused(keep: float) -> None:
     with pytest.raises(UsageError, match="more than 0 and at most 1"):
