@@ -57,7 +57,7 @@ class PruneSettings(BaseModel):
     protect: list[int] = Field(default_factory=list, description="Layers that are left whole (from 0).")
     batch_size: int = Field(16, ge=1, description="Rows a batch while data is looked at.")
     seed: int = Field(0, description="Draws the rows and the random directions.")
-    samples: int | None = Field(512, ge=1, description="Most rows, and windows of long texts, that are looked at; null for all.")
+    samples: int | None = Field(512, ge=1, description="Most rows (or windows of long texts) looked at; null for all.")
 
     @model_validator(mode="after")
     def _consistent(self) -> PruneSettings:
