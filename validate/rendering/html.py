@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Template
 from markupsafe import Markup
 
 from ..report import Candidate, Latency, Report, exact_number, short_number
@@ -26,6 +26,7 @@ from .figures import (
     summary,
     title_of,
 )
+from .pages import page_environment
 from .training import trainings
 
 _WIDTHS_A_CHART = 12
@@ -50,13 +51,7 @@ def render_html(report: Report) -> str:
 
 @functools.cache
 def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader(__package__, "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters |= {"number": short_number, "exact": exact_number, "plain": plain, "title_of": title_of}
     environment.filters["cell"] = _cell
     environment.globals |= {"words": VERDICT_WORDS, "swatch": charts.swatch}

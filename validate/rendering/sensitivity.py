@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Template
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -25,6 +25,7 @@ from ..sensitivity_report import (
     save_sensitivity,
 )
 from .figures import Panel, plain, title_of
+from .pages import page_environment
 from .sensitivity_charts import LEAST, MOST, by_layer, curves, extremes, loss_map
 
 _PAGE, _MARKDOWN = "sensitivity.html", "sensitivity.md"
@@ -71,13 +72,7 @@ def render_sensitivity_html(found: Sensitivity) -> str:
 
 @functools.cache
 def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader(__package__, "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters |= {"number": _number, "percent": percent, "plain": plain, "title_of": title_of,
                             "layers": _layers, "between": _between}  # fmt: skip
     return environment.get_template("sensitivity.html.j2")
