@@ -261,6 +261,19 @@ def test_the_rows_that_importance_saw_are_recorded(
     assert again.hash == pruned.hash
 
 
+@pytest.mark.parametrize(
+    ("family", "protect", "kept"), [("bert", [0], [0]), ("bert", [1], [1]), ("modernbert", [], [0])]
+)
+def test_layers_that_must_stay_do(
+    family: str, protect: list[int], kept: list[int], tiny_checkpoint: TinyCheckpoint
+) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint(family))
+    wanted = PruneSettings(structure="layers", keep=0.5, method="magnitude", protect=protect)
+    for scores in ([1.0, 2.0], [2.0, 1.0]):
+        chosen = choose(checkpoint.model, wanted, Scores(layers=torch.tensor(scores, dtype=torch.float64)))
+        assert chosen.layers == kept
+
+
 def test_no_more_windows_of_a_long_text_are_looked_at_than_samples(
     tiny_checkpoint: TinyCheckpoint, texts: list[str], write_jsonl: WriteRows, tmp_path: Path
 ) -> None:
