@@ -23,6 +23,7 @@ from .data import Data, read_data
 from .embedding import MODULES_FILE, Pooling, read_pooling
 from .features import FeatureRecorder
 from .lineage import TRACE_FILE, TRAINING_ROWS_FILE, Lineage, Step, trace_lines
+from .mapped import in_float32
 from .shapes import KEY as SHAPES_KEY
 from .shapes import class_for
 from .tasks import TASKS, Task, get_task
@@ -262,13 +263,14 @@ def _load_model(folder: Path, task: Task, config: Mapping[str, Any], trust_remot
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is checked below
     try:
         auto = getattr(transformers, task.auto_class)
-        model, report = _class_of(folder, auto, config).from_pretrained(
-            folder,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        with in_float32(folder) as mapped:
+            model, report = _class_of(folder, auto, config).from_pretrained(
+                mapped,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder} could not be loaded for {task.name}: {first_line(error)}") from error
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
@@ -279,6 +281,7 @@ def _load_model(folder: Path, task: Task, config: Mapping[str, Any], trust_remot
             f"so it cannot serve {task.name}.",
             f"Choose the task it was trained for (--task), one of {', '.join(TASKS)}.",
         )
+    model.name_or_path = str(folder)
     return model.eval()
 
 

@@ -2,7 +2,8 @@
 
 `from_pretrained` maps safetensors files when the data type asked for is the stored one (checked with transformers
 5.23): a weight is read when it is looked at, and the system takes its pages back when it needs them. What is changed
-becomes private memory. So a model larger than memory can be pruned if its changed weights go to disk too: `settle`.
+becomes private memory. So a model larger than memory can be pruned if half-precision files are converted on disk
+(`in_float32`) and changed weights go to disk too (`settle`).
 """
 
 from __future__ import annotations
@@ -10,21 +11,26 @@ from __future__ import annotations
 import copy
 import ctypes
 import errno
+import math
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import DiskFull
+from ..files import read_json, write_json
 
 MAPPED_FROM = 2**25
 """Bytes of weights from which on a changed model is kept on disk. Smaller ones are quicker in memory."""
+
+_INDEX = "model.safetensors.index.json"
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -58,6 +64,63 @@ def is_large(module: nn.Module) -> bool:
     return on_cpu and sum(weight.numel() * weight.element_size() for weight in weights) >= MAPPED_FROM
 
 
+@contextmanager
+def in_float32(folder: Path) -> Iterator[Path]:
+    """A model folder whose weights can be mapped as float32 while the block lasts: the folder itself, or, where it has
+    large weights of another type, a temporary one beside which they lie converted. What was mapped outlives it.
+
+    Raises:
+        DiskFull: no room for the converted weights in the folder for temporary files.
+        SafetensorError: a file that is none.
+    """
+    files = _weight_files(folder)
+    if not any(_is_half_and_large(file) for file in files):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="limbeck-", ignore_cleanup_errors=True) as place:
+        for path in folder.iterdir():
+            if path.suffix != ".safetensors" and path.name != _INDEX:
+                (Path(place) / path.name).symlink_to(path.resolve())
+        shard_of: dict[str, str] = {}
+        for number, part in enumerate(_parts(files)):
+            name = f"model-{number:05}.safetensors"
+            _save(part, Path(place) / name)
+            shard_of |= dict.fromkeys(part, name)
+        write_json(Path(place) / _INDEX, {"metadata": {}, "weight_map": shard_of})
+        yield Path(place)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would read, those of them that are there."""
+    whole, index = folder / "model.safetensors", folder / _INDEX
+    if whole.exists() or not index.exists():
+        return [whole] if whole.exists() else []
+    shards = read_json(index).get("weight_map", {}).values()
+    return [folder / name for name in sorted(set(shards)) if Path(name).name == name and (folder / name).exists()]
+
+
+def _is_half_and_large(file: Path) -> bool:
+    with safe_open(file, framework="pt") as weights:
+        slices = [weights.get_slice(name) for name in weights.keys()]  # noqa: SIM118  (it is no mapping)
+        halves = [math.prod(each.get_shape()) for each in slices if each.get_dtype() in ("F16", "BF16")]
+    return 4 * sum(halves) >= MAPPED_FROM
+
+
+def _parts(files: Iterable[Path]) -> Iterator[dict[str, torch.Tensor]]:
+    """All tensors by name, floating ones as float32, about `MAPPED_FROM` bytes at a time."""
+    part: dict[str, torch.Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                value = weights.get_tensor(name)
+                part[name] = value.float() if value.is_floating_point() else value
+                if sum(each.nbytes for each in part.values()) >= MAPPED_FROM:
+                    yield part
+                    part = {}
+    if part:
+        yield part
+
+
 def settle(values: Mapping[nn.Parameter, torch.Tensor], on_disk: bool) -> None:
     """Give each parameter its value, in memory of its own (data type and device stay the parameter's).
 
@@ -79,20 +142,24 @@ def settle(values: Mapping[nn.Parameter, torch.Tensor], on_disk: bool) -> None:
     }
     with tempfile.TemporaryDirectory(prefix="limbeck-", ignore_cleanup_errors=True) as folder:
         file = Path(folder) / "weights.safetensors"
-        try:
-            save_file(named, file)
-        except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-                raise DiskFull(
-                    f"No room in {tempfile.gettempdir()} for the weights of a model that is kept on disk while it is "
-                    "changed.",
-                    "Make room, or set TMPDIR to a folder that has some.",
-                ) from error
-            raise
+        _save(named, file)
         mapped = load_file(file)
     for place, parameter in enumerate(values):
         parameter.data = mapped[str(place)]
     _give_back_freed_memory()
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise DiskFull(
+                f"No room in {tempfile.gettempdir()} for the weights of a model that is kept on disk while it is "
+                "worked on.",
+                "Make room, or set TMPDIR to a folder that has some.",
+            ) from error
+        raise
 
 
 def _give_back_freed_memory() -> None:

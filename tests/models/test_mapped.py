@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def test_a_pruned_model_is_the_same_in_memory_and_on_disk(
 
 
 def test_no_room_on_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(mapped, "save_file", full)
@@ -71,11 +72,29 @@ def test_no_room_on_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         settle({torch.nn.Parameter(torch.ones(2)): torch.ones(2)}, on_disk=True)
 
 
+def test_half_precision_loads_as_it_would_without_a_file_between(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint("llama", task="text-generation")
+    half = load_checkpoint(folder)
+    half.model.to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20KB")
+    half.tokenizer.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    plain = load_checkpoint(tmp_path, "text-generation")
+    monkeypatch.setattr(mapped, "MAPPED_FROM", 5000)
+    monkeypatch.setattr(tempfile, "tempdir", str(between := tmp_path / "between"))
+    between.mkdir()
+    converted = load_checkpoint(tmp_path, "text-generation")
+    assert converted.hash == plain.hash
+    assert {weight.dtype for weight in converted.model.parameters()} == {torch.float32}
+    assert converted.model.name_or_path == str(tmp_path)
+    assert not list(between.iterdir())
+
+
 _PRUNE = """
 import json, sys, threading
-from dataclasses import replace
 from pathlib import Path
-import torch, transformers
+import torch
 from limbeck.models import mapped
 from limbeck.models.batching import Examples
 from limbeck.models.checkpoint import load_checkpoint
@@ -86,13 +105,11 @@ def private():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous")) * 1024
 
-mapped.MAPPED_FROM = 2**24
+mapped.MAPPED_FROM = 2**22
 torch.set_num_threads(1)
 calibration = Calibration(Examples([{"input_ids": [5] * 8, "attention_mask": [1] * 8}] * 4), 4)
 tiny = load_checkpoint(sys.argv[2], "text-generation")
 prune_semi_structured(tiny, "2:4", sys.argv[3], calibration)  # whatever is imported on the way, is now
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").eval()
-checkpoint = replace(tiny, model=model)
 peak, ended = 0, threading.Event()
 def watch():
     global peak
@@ -100,22 +117,27 @@ def watch():
         peak = max(peak, private())
 before = private()
 watcher = threading.Thread(target=watch); watcher.start()
+checkpoint = load_checkpoint(sys.argv[1], "text-generation")
 result = prune_semi_structured(checkpoint, "2:4", sys.argv[3], calibration)
 ended.set(); watcher.join()
 zeros = float((result.model.model.layers[3].mlp.up_proj.weight == 0).float().mean())
-size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+size = sum(parameter.numel() * parameter.element_size() for parameter in checkpoint.model.parameters())
 print(json.dumps({"peak": peak - before, "size": size, "zeros": zeros}))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux says what is private")
-def test_a_model_is_pruned_in_a_fraction_of_its_size(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_model_is_pruned_in_a_fraction_of_its_size(
+    stored: torch.dtype, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
     config = transformers.LlamaConfig(
         vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=32, num_attention_heads=4,
         num_key_value_heads=4,
     )  # fmt: skip
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tiny = tiny_checkpoint("llama", task="text-generation")
+    transformers.AutoModelForCausalLM.from_config(config).to(stored).save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "model")
     command = [sys.executable, "-c", _PRUNE, str(tmp_path / "model"), str(tiny), "wanda"]
     found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
     assert found["zeros"] == 0.5
