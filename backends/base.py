@@ -5,6 +5,8 @@ To add `--backend mine`, write one `Backend` subclass and name it in your packag
     [project.entry-points."limbeck.backends"]
     mine = "my_package.backend:MyBackend"
 
+The entry may name an exporter of transformers (`HfExporter`) instead: `hf_exporter.py` makes a backend of it.
+
 A backend says whether it can run here (`probe`), turns a checkpoint into files (`export`), and loads those files as a
 `Runner`. A compiler that needs the target device also has `build`, which turns a kit (portable) into the built program.
 """
@@ -82,12 +84,12 @@ class Runner(ABC):
 class Backend(ABC):
     """One way to compile and run a model."""
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
+    name: str
+    summary: str
     """One line for `limbeck backends`."""
     precisions: ClassVar[tuple[Precision, ...]] = ("fp32",)
     default_precision: ClassVar[Precision] = "fp32"
-    formats: ClassVar[tuple[str, ...]] = ()
+    formats: tuple[str, ...] = ()
     """The artifact formats (`Manifest.format`) that this backend loads."""
     sparsities: ClassVar[tuple[str, ...]] = ()
     """Patterns of zeros that its compiler can use (`--sparsity`)."""

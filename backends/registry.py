@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,12 +66,25 @@ def get_backend(name: str) -> Backend:
         loaded = point.load()
     except Exception as error:  # another package's code may raise anything when it is imported
         raise BackendUnavailable(f"The plug-in backend {name!r} ({point.value}) does not import: {error}.") from error
+    if _is_exporter(loaded):
+        from .hf_exporter import HfExporterBackend
+
+        return HfExporterBackend(name, loaded)
     if not (isinstance(loaded, type) and issubclass(loaded, Backend)):
-        raise BackendUnavailable(f"The plug-in backend {name!r} ({point.value}) is not a limbeck Backend.")
+        raise BackendUnavailable(
+            f"The plug-in backend {name!r} ({point.value}) is neither a limbeck Backend nor an HfExporter "
+            "of transformers."
+        )
     try:
         return loaded()
     except Exception as error:  # such as an abstract method that it does not define
         raise BackendUnavailable(f"The plug-in backend {name!r} ({point.value}) cannot be made: {error}.") from error
+
+
+def _is_exporter(loaded: object) -> bool:
+    """Whether an entry point names an exporter of transformers, which whoever defines one has imported."""
+    exporters = sys.modules.get("transformers.exporters.base")
+    return exporters is not None and isinstance(loaded, type) and issubclass(loaded, exporters.HfExporter)
 
 
 def backend_for(settings: ExportSettings) -> Backend:

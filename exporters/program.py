@@ -42,8 +42,9 @@ class ExportedProgram:
     format: str
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
-    weights: Iterator[ProgramWeight]
-    """Every parameter found in the written files, read back from them."""
+    weights: Iterator[ProgramWeight] | None
+    """Every parameter found in the written files, read back from them; `None` where they cannot be, and then the weight
+    audit is left out and the manifest says so."""
     compile_properties: Mapping[str, str] = field(default_factory=dict)
     sparse_layers: list[SparseLayer] = field(default_factory=list)
     evidence: Mapping[str, Any] = field(default_factory=dict)

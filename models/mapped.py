@@ -103,7 +103,7 @@ def _is_half_and_large(file: Path) -> bool:
     with safe_open(file, framework="pt") as weights:
         slices = [weights.get_slice(name) for name in weights.keys()]  # noqa: SIM118  (it is no mapping)
         halves = [math.prod(each.get_shape()) for each in slices if each.get_dtype() in ("F16", "BF16")]
-    return 4 * sum(halves) >= MAPPED_FROM
+    return 4 * int(sum(halves)) >= MAPPED_FROM
 
 
 def _parts(files: Iterable[Path]) -> Iterator[dict[str, torch.Tensor]]:

@@ -50,6 +50,8 @@ from ..validate.report import Candidate, Gate, Report
 from ..validate.weight_audit import audit_weights
 from .progress import SILENT, Progress
 
+_NOT_AUDITED = "its weights were not compared with the checkpoint's, for the backend cannot read them back"
+
 
 def distill(
     teacher: Checkpoint,
@@ -164,6 +166,7 @@ def export(
     with staged_folder(out, overwrite) as folder:
         program = backend.export(ExportJob(checkpoint, settings, batches, progress.say), folder)
         program_files = [path.as_posix() for path in files_below(folder)]
+        checkpoint.model.config.save_pretrained(folder)
         checkpoint.tokenizer.save_pretrained(folder)
         if checkpoint.task.name == "sentence-similarity":
             checkpoint.save_pooling(folder)
@@ -188,7 +191,7 @@ def _manifest(checkpoint: Checkpoint, settings: ExportSettings, program: Exporte
         compile_properties=dict(program.compile_properties),
         sparse_layers=program.sparse_layers,
         evidence=dict(program.evidence),
-        unverified=program.unverified,
+        unverified=program.unverified or (_NOT_AUDITED if program.weights is None else None),
         is_kit=program.is_kit,
         lineage=checkpoint.lineage,
     )
@@ -203,8 +206,10 @@ def _check(
     batches: Sequence[Batch],
     progress: Progress,
 ) -> list[CheckRecord]:
-    progress.say("auditing the weights")
-    audit = audit_weights(checkpoint.module, program.weights, quantised=settings.precision == "int8")
+    checks = []
+    if program.weights is not None:
+        progress.say("auditing the weights")
+        checks.append(audit_weights(checkpoint.module, program.weights, quantised=settings.precision == "int8"))
     progress.say("comparing outputs with torch")
     runner = get_backend(settings.backend).load(folder, manifest)
     for name, wanted in program.compile_properties.items():
@@ -212,17 +217,17 @@ def _check(
             progress.say(f"this machine's runtime compiles {name}={found} where {wanted} was asked for")
     try:
         probes = probe_batches(checkpoint, settings.shapes, token_stream(batches))
-        parity = check_parity(runner, checkpoint.run, probes, settings.precision)
+        checks.insert(0, check_parity(runner, checkpoint.run, probes, settings.precision))
     finally:
         runner.close()
-    for check in (parity, audit):
+    for check in checks:
         if not check.passed:
             raise ExportMismatch(
                 f"The exported {settings.backend} {settings.precision} program is not the model: "
                 f"{check.name}: {check.detail}.",
                 "Nothing was written. Try another --precision; if float32 fails too, please report it.",
             )
-    return [parity, audit]
+    return checks
 
 
 def build(kit: Path, out: Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Manifest:

@@ -146,7 +146,7 @@ def test_a_plug_in_is_a_backend_like_ours(with_plugins: Any) -> None:
         ("a-missing-name", "does not import"),
         ("a-bad-syntax", "does not import"),
         ("a-raising-module", "does not import: the licence has expired"),
-        ("a-function", "is not a limbeck Backend"),
+        ("a-function", "is neither a limbeck Backend nor an HfExporter"),
         ("an-unfinished-one", "cannot be made"),
         ("probe-raises", "OSError when probed: no driver"),
     ],

@@ -18,14 +18,14 @@ from limbeck.models.batching import Batch, pad
 from limbeck.models.checkpoint import Checkpoint, hash_of_model, load_checkpoint
 from limbeck.models.data import Data
 from limbeck.models.gates import Gates, gated
-from limbeck.models.importance import IMPORTANCES, Scores, get_importance
+from limbeck.models.importance import IMPORTANCES, Calibration, Scores, get_importance
 from limbeck.models.shapes import KEY, shapes_of
 from limbeck.models.surgery import Selection, select
 from limbeck.models.tasks.base import tokenize
 from limbeck.prune.choice import WIDTH_MULTIPLE, kept_width
 from limbeck.prune.one_shot import SPARSIFIERS
 from limbeck.prune.pruning import prune
-from limbeck.prune.repair import DAMPING
+from limbeck.prune.repair import DAMPING, repaired
 from limbeck.prune.settings import STRUCTURE_METHODS, ZERO_METHODS, PruneSettings
 from limbeck.prune.structured import choose
 
@@ -154,6 +154,29 @@ def test_repair_comes_nearer_to_the_whole(
         return float((hidden_of(pruned.model, batch)[real] - whole).square().mean())
 
     assert error(repair=True) < 0.95 * error(repair=False)
+
+
+@pytest.mark.parametrize(("family", "structure"), [("bert", "heads"), ("gpt2", "ffn"), ("modernbert", "ffn")])
+def test_a_repaired_model_reads_nothing_of_what_goes(
+    family: str,
+    structure: str,
+    tiny_checkpoint: TinyCheckpoint,
+    texts: list[str],
+    write_jsonl: WriteRows,
+    tmp_path: Path,
+) -> None:
+    """Of the old sizes and repaired, it computes what it computes when the parts have been cut out."""
+    checkpoint = load_checkpoint(tiny_checkpoint(family))
+    wanted = PruneSettings(structure=structure, keep=0.5)  # type: ignore[arg-type]
+    scores = get_importance("magnitude").scores(checkpoint, [structure])
+    selection = choose(checkpoint.model, wanted, scores)
+    data = tiny_data(checkpoint, texts, write_jsonl, tmp_path)
+    examples = checkpoint.task.examples(data, checkpoint.tokenizer, 64, checkpoint.model.config)
+    repaired_model = repaired(checkpoint, selection, Calibration(examples))
+    batch = batch_of(checkpoint, texts)
+    torch.testing.assert_close(
+        hidden_of(repaired_model, batch), hidden_of(select(repaired_model, selection), batch), rtol=0, atol=1e-5
+    )
 
 
 def test_repair_is_the_least_squares_solution(
