@@ -21,14 +21,16 @@ _INSTALL = 'pip install "limbeck[onnx]"'
 
 
 class OnnxRunner(Runner):
-    """A session of ONNX Runtime's CPU provider."""
+    """A session of ONNX Runtime's CPU provider; `properties` are its configuration entries (`session.…`)."""
 
-    def __init__(self, graph: Path, threads: int | None = None) -> None:
+    def __init__(self, graph: Path, threads: int | None = None, properties: Mapping[str, str] | None = None) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or available_cpus()
         options.inter_op_num_threads = 1
+        for name, value in (properties or {}).items():
+            options.add_session_config_entry(name, value)
         options.log_severity_level = 3  # errors only: its warnings are about fusions that did not apply
         from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
@@ -45,6 +47,7 @@ class OnnxRunner(Runner):
             "runtime": f"onnxruntime {onnxruntime.__version__}",
             "providers": ", ".join(self._session.get_providers()),
             "threads": str(options.intra_op_num_threads),
+            **(properties or {}),
         }
 
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -130,4 +133,4 @@ class OnnxBackend(Backend):
         available = self.probe()
         if not available.can_run:
             raise BackendUnavailable(f"ONNX Runtime is needed to open {folder}: {available.reason}.", available.mend)
-        return OnnxRunner(folder / GRAPH_FILE, threads)
+        return OnnxRunner(folder / GRAPH_FILE, threads, manifest.compile_properties)
