@@ -38,7 +38,7 @@ def uneven(checkpoint: Checkpoint, family: str) -> Checkpoint:
         HeadSelection(torch.tensor([key * shared + each for key in keys for each in range(shared)]), torch.tensor(keys))
         for keys in (first, second)
     ]
-    selection = Selection(heads=heads, ffn=[torch.arange(24), torch.arange(3, 40)])
+    selection = Selection(heads=heads, ffn=[torch.arange(24), torch.arange(3, 35)])
     smaller = select(model, selection)
     return replace(checkpoint, model=smaller, hash=hash_of_model(smaller))
 
