@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import UsageError
+from ..errors import InputError, UsageError
 
 if TYPE_CHECKING:  # `limbeck backends` probes without loading torch
     import numpy as np
@@ -95,6 +95,9 @@ class Backend(ABC):
     """Patterns of zeros that its compiler can use (`--sparsity`)."""
     built_format: ClassVar[str] = ""
     """The format that `build` makes of a kit, where there is a build."""
+    properties: ClassVar[frozenset[str]] = frozenset()
+    """Compile properties that a manifest may hand to the runtime. Artifacts come from anybody, and runtimes have
+    properties that name files to read or folders to write."""
 
     @abstractmethod
     def probe(self) -> Availability:
@@ -125,3 +128,19 @@ class Backend(ABC):
             BackendUnavailable: this backend needs no build, or the device or compiler is not here.
         """
         raise UsageError(f"An artifact of {self.name} needs no build: it runs as it was exported.")
+
+    def compile_properties(self, manifest: Manifest) -> dict[str, str]:
+        """What the manifest asks of the runtime.
+
+        Raises:
+            InputError: a property that is not one of `properties`.
+        """
+        for name in manifest.compile_properties:
+            if name not in self.properties:
+                known = ", ".join(sorted(self.properties)) or "none"
+                raise InputError(
+                    f"The manifest sets the compile property {name!r}, which {self.name} does not take from an "
+                    f"artifact; it takes {known}.",
+                    "Export it again; do not run it.",
+                )
+        return dict(manifest.compile_properties)

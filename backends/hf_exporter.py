@@ -109,7 +109,7 @@ class HfRunner(Runner):
 
 
 def _specs(job: ExportJob, sample: Mapping[str, Any]) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Inputs and outputs for the manifest: an axis varies if it is as long as the sample's batch or sequence."""
+    """Inputs and outputs for the manifest: the batch varies in all of them, the sequence where there is one."""
     import torch
 
     from ..exporters.artifact import TensorSpec
@@ -118,11 +118,12 @@ def _specs(job: ExportJob, sample: Mapping[str, Any]) -> tuple[list[TensorSpec],
     with torch.inference_mode():
         outputs = job.checkpoint.module(**sample)
 
-    def spec(name: str, value: torch.Tensor) -> TensorSpec:
-        varies = dict(enumerate((TRACED_BATCH, TRACED_SEQUENCE)))
+    def spec(name: str, value: torch.Tensor, sequence: bool) -> TensorSpec:
+        varies = {0: TRACED_BATCH, 1: TRACED_SEQUENCE} if sequence else {0: TRACED_BATCH}
         shape = [None if varies.get(axis) == size else size for axis, size in enumerate(value.shape)]
         return TensorSpec(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=shape)
 
     tensors = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
-    inputs = [spec(name, sample[name]) for name in job.checkpoint.input_names]
-    return inputs, [spec(name, value) for name, value in tensors.items()]
+    inputs = [spec(name, sample[name], sequence=True) for name in job.checkpoint.input_names]
+    # Per text [batch, labels] or [batch, width]; per token [batch, sequence, ...].
+    return inputs, [spec(name, value, sequence=value.ndim >= 3) for name, value in tensors.items()]

@@ -89,6 +89,7 @@ class OnnxBackend(Backend):
     summary = "ONNX graph, run by ONNX Runtime on the CPU"
     precisions = ("fp32", "fp16", "int8")
     formats = ("onnx",)
+    properties = frozenset({"session.force_spinning_stop"})
 
     def probe(self) -> Availability:
         missing = [module for module in ("onnx", "onnxscript", "onnxruntime") if not is_importable(module)]
@@ -133,4 +134,4 @@ class OnnxBackend(Backend):
         available = self.probe()
         if not available.can_run:
             raise BackendUnavailable(f"ONNX Runtime is needed to open {folder}: {available.reason}.", available.mend)
-        return OnnxRunner(folder / GRAPH_FILE, threads, manifest.compile_properties)
+        return OnnxRunner(folder / GRAPH_FILE, threads, self.compile_properties(manifest))

@@ -86,6 +86,7 @@ class OpenVINOBackend(Backend):
     summary = "OpenVINO IR, run by its CPU plug-in"
     precisions = ("fp32", "bf16", "fp16", "int8", "native")
     formats = ("openvino",)
+    properties = frozenset({"INFERENCE_PRECISION_HINT"})
 
     def probe(self) -> Availability:
         if not is_importable("openvino"):
@@ -125,4 +126,4 @@ class OpenVINOBackend(Backend):
         available = self.probe()
         if not available.can_run:
             raise BackendUnavailable(f"OpenVINO is needed to open {folder}: {available.reason}.", available.mend)
-        return OpenVINORunner(folder / GRAPH_FILE, manifest.compile_properties, threads)
+        return OpenVINORunner(folder / GRAPH_FILE, self.compile_properties(manifest), threads)

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..errors import DiskFull
+from ..errors import DiskFull, InputError
 from ..files import read_json, write_json
 
 MAPPED_FROM = 2**25
@@ -67,14 +67,15 @@ def is_large(module: nn.Module) -> bool:
 @contextmanager
 def in_float32(folder: Path) -> Iterator[Path]:
     """A model folder whose weights can be mapped as float32 while the block lasts: the folder itself, or, where it has
-    large weights of another type, a temporary one beside which they lie converted. What was mapped outlives it.
+    large weights of another type, a temporary one in which they lie converted. What was mapped outlives it.
 
     Raises:
         DiskFull: no room for the converted weights in the folder for temporary files.
+        InputError: an index of weights that is malformed, or names a file elsewhere.
         SafetensorError: a file that is none.
     """
     files = _weight_files(folder)
-    if not any(_is_half_and_large(file) for file in files):
+    if 4 * sum(_half_weights(file) for file in files) < MAPPED_FROM:
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="limbeck-", ignore_cleanup_errors=True) as place:
@@ -91,19 +92,33 @@ def in_float32(folder: Path) -> Iterator[Path]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would read, those of them that are there."""
+    """The files that transformers would read; none where one is missing, which is for transformers to say.
+
+    Raises:
+        InputError: an index that is malformed, or names a file elsewhere.
+    """
     whole, index = folder / "model.safetensors", folder / _INDEX
     if whole.exists() or not index.exists():
         return [whole] if whole.exists() else []
-    shards = read_json(index).get("weight_map", {}).values()
-    return [folder / name for name in sorted(set(shards)) if Path(name).name == name and (folder / name).exists()]
+    written = read_json(index)
+    shard_of = written.get("weight_map") if isinstance(written, dict) else None
+    if not isinstance(shard_of, dict):
+        raise InputError(f"{index} has no weight_map, a table of weights and their files.", "Download it again.")
+    for name in shard_of.values():  # by name alone: where a hub's snapshot lies, the files are links to elsewhere
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(
+                f"{index} names {name!r}, which is no file beside it.",
+                "Do not use this folder: it may have been tampered with.",
+            )
+    files = [folder / name for name in sorted(set(shard_of.values()))]
+    return files if all(file.is_file() for file in files) else []
 
 
-def _is_half_and_large(file: Path) -> bool:
+def _half_weights(file: Path) -> int:
+    """How many weights a file stores in half precision."""
     with safe_open(file, framework="pt") as weights:
         slices = [weights.get_slice(name) for name in weights.keys()]  # noqa: SIM118  (it is no mapping)
-        halves = [math.prod(each.get_shape()) for each in slices if each.get_dtype() in ("F16", "BF16")]
-    return 4 * int(sum(halves)) >= MAPPED_FROM
+        return sum(math.prod(each.get_shape()) for each in slices if each.get_dtype() in ("F16", "BF16"))
 
 
 def _parts(files: Iterable[Path]) -> Iterator[dict[str, torch.Tensor]]:

@@ -165,7 +165,8 @@ def export(
     batches = calibration_batches(checkpoint, calibration, settings.calibration_samples)
     with staged_folder(out, overwrite) as folder:
         program = backend.export(ExportJob(checkpoint, settings, batches, progress.say), folder)
-        program_files = [path.as_posix() for path in files_below(folder)]
+        # transformers' exporters write the configuration too; it goes with the model, not with the program.
+        program_files = [path.as_posix() for path in files_below(folder) if path.as_posix() != "config.json"]
         checkpoint.model.config.save_pretrained(folder)
         checkpoint.tokenizer.save_pretrained(folder)
         if checkpoint.task.name == "sentence-similarity":

@@ -146,6 +146,9 @@ def test_the_kit_lists_its_sparse_layers_and_says_what_is_unverified(kit: Path, 
     eligible = [layer for layer in summary["sparse_layers"] if layer["eligible"]]
     assert eligible and all(layer["pattern"] for layer in eligible)
     assert (kit / "build.json").is_file()
+    manifest = json.loads((kit / "manifest.json").read_text())
+    assert "model.onnx" in manifest["program_files"]
+    assert "config.json" not in manifest["program_files"]  # what is built of the kit needs it too
 
 
 def test_export_as_json_prints_json_alone(narrow: Path, tmp_path: Path, limbeck: Limbeck) -> None:

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 from limbeck.backends.base import ExportJob
 from limbeck.backends.onnx import OnnxBackend, OnnxRunner
-from limbeck.backends.registry import get_backend, load_runner
+from limbeck.backends.registry import backend_of_format, get_backend, load_runner
 from limbeck.errors import ExportMismatch, InputError, IntegrityError, UsageError
 from limbeck.exporters.artifact import MANIFEST_FILE, Manifest, open_artifact, read_manifest, seal
 from limbeck.exporters.inputs import probe_batch, probe_batches, sample_inputs
@@ -314,6 +314,23 @@ def test_a_malformed_manifest_is_refused(case: str, artifact: Path) -> None:
     damage(artifact)
     with pytest.raises(InputError, match=said):
         load_runner(artifact)
+
+
+@pytest.mark.parametrize(
+    ("artifact_format", "name"),
+    [
+        ("onnx", "session.model_external_initializers_file_folder_path"),
+        ("onnx", "INFERENCE_PRECISION_HINT"),
+        ("openvino", "CACHE_DIR"),
+    ],
+)
+def test_a_manifest_sets_no_property_of_the_runtime_that_is_not_its_backends(
+    artifact_format: str, name: str, sealed: tuple[Path, Manifest]
+) -> None:
+    folder, manifest = sealed
+    asking = manifest.model_copy(update={"compile_properties": {name: "/elsewhere"}})
+    with pytest.raises(InputError, match=f"sets the compile property '{name}', which {artifact_format} does not take"):
+        backend_of_format(artifact_format).load(folder, asking)
 
 
 def test_a_folder_that_does_not_exist_is_no_artifact(tmp_path: Path) -> None:

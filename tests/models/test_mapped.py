@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from limbeck.errors import DiskFull
+from limbeck.errors import DiskFull, InputError
 from limbeck.models import mapped
 from limbeck.models.checkpoint import hash_of_model, load_checkpoint
 from limbeck.models.mapped import copy_of, settle
@@ -81,14 +82,38 @@ def test_half_precision_loads_as_it_would_without_a_file_between(
     half.tokenizer.save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     plain = load_checkpoint(tmp_path, "text-generation")
-    monkeypatch.setattr(mapped, "MAPPED_FROM", 5000)
+    monkeypatch.setattr(mapped, "MAPPED_FROM", 50_000)
     monkeypatch.setattr(tempfile, "tempdir", str(between := tmp_path / "between"))
     between.mkdir()
+    with mapped.in_float32(tmp_path) as place:
+        assert place.parent == between  # large together, though none of the files is
     converted = load_checkpoint(tmp_path, "text-generation")
     assert converted.hash == plain.hash
     assert {weight.dtype for weight in converted.model.parameters()} == {torch.float32}
     assert converted.model.name_or_path == str(tmp_path)
     assert not list(between.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"weight_map": {"weight": "../elsewhere.safetensors"}}, "no file beside it"),
+        ({"weight_map": {"weight": 3}}, "no file beside it"),
+        ({"weight_map": {"weight": "missing.safetensors"}}, "could not be loaded"),
+        ({"weight_map": ["weight"]}, "has no weight_map"),
+        ([], "has no weight_map"),
+    ],
+)
+def test_an_index_of_weights_that_is_wrong_is_refused(
+    index: object, message: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint("bert"), folder)
+    shutil.copyfile(folder / "model.safetensors", tmp_path / "elsewhere.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=message):
+        load_checkpoint(folder, "sentence-similarity")
 
 
 _PRUNE = """

@@ -142,3 +142,18 @@ def test_a_compiler_that_is_not_there_is_said(
         enter(teacher, "torch-compile")
     assert "\n" not in caught.value.message
     assert caught.value.hint is not None and "eager" in caught.value.hint
+
+
+def test_onnx_runtime_rests_between_the_calls_of_a_teacher(
+    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[OnnxRunner] = []
+    original = OnnxRunner.__init__
+
+    def remember(runner: OnnxRunner, *args: Any, **settings: Any) -> None:
+        original(runner, *args, **settings)
+        loaded.append(runner)
+
+    monkeypatch.setattr(OnnxRunner, "__init__", remember)
+    enter(teacher_of(tiny_checkpoint, "bert", "sentence-similarity"), "onnx")
+    assert [runner.properties.get("session.force_spinning_stop") for runner in loaded] == ["1"]
