@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # `limbeck backends` probes without loading torch
     import torch
 
     from ..exporters.artifact import Manifest
+    from ..exporters.options import BackendOptions
     from ..exporters.program import ExportedProgram
     from ..exporters.settings import ExportSettings, Precision
     from ..models.checkpoint import Checkpoint
@@ -98,6 +99,13 @@ class Backend(ABC):
     properties: ClassVar[frozenset[str]] = frozenset()
     """Compile properties that a manifest may hand to the runtime. Artifacts come from anybody, and runtimes have
     properties that name files to read or folders to write."""
+
+    @classmethod
+    def options(cls) -> type[BackendOptions]:
+        """The options of its own (`--option NAME=VALUE`); none unless it says so."""
+        from ..exporters.options import BackendOptions
+
+        return BackendOptions
 
     @abstractmethod
     def probe(self) -> Availability:

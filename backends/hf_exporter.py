@@ -60,7 +60,7 @@ class HfExporterBackend(Backend):
         known = {field.name for field in dataclasses.fields(settings)}
         config = settings(**{name: value for name, value in wanted.items() if name in known})
         job.progress("tracing the graph")
-        sample = sample_inputs(job.checkpoint)
+        sample = sample_inputs(job.checkpoint, job.settings.shapes)
         with quiet_exporters():
             exported = self._exporter().export(job.checkpoint.module, sample, config)
         exported.save_pretrained(folder)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..exporters.artifact import Manifest
+    from ..exporters.options import OnnxOptions
     from ..exporters.program import ExportedProgram
 
 _INSTALL = 'pip install "limbeck[onnx]"'
@@ -91,6 +92,12 @@ class OnnxBackend(Backend):
     formats = ("onnx",)
     properties = frozenset({"session.force_spinning_stop"})
 
+    @classmethod
+    def options(cls) -> type[OnnxOptions]:
+        from ..exporters.options import OnnxOptions
+
+        return OnnxOptions
+
     def probe(self) -> Availability:
         missing = [module for module in ("onnx", "onnxscript", "onnxruntime") if not is_importable(module)]
         if missing:
@@ -118,7 +125,7 @@ class OnnxBackend(Backend):
             exported = exporter.export_graph(job.checkpoint, job.settings)
         if precision == "int8":
             job.progress("calibrating int8")
-            exporter.quantize_int8(exported, job.checkpoint, job.calibration)
+            exporter.quantize_int8(exported, job.calibration)
         exported.save_pretrained(folder)
         graph = exported.program.graph
         return ExportedProgram(

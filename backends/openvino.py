@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..exporters.artifact import Manifest
+    from ..exporters.options import OpenVINOOptions
     from ..exporters.program import ExportedProgram
 
 _INSTALL = 'pip install "limbeck[openvino]"'
@@ -88,6 +89,12 @@ class OpenVINOBackend(Backend):
     formats = ("openvino",)
     properties = frozenset({"INFERENCE_PRECISION_HINT"})
 
+    @classmethod
+    def options(cls) -> type[OpenVINOOptions]:
+        from ..exporters.options import OpenVINOOptions
+
+        return OpenVINOOptions
+
     def probe(self) -> Availability:
         if not is_importable("openvino"):
             return Availability(False, False, "not installed: openvino", _INSTALL)
@@ -110,7 +117,7 @@ class OpenVINOBackend(Backend):
         exported = exporter.export_graph(job.checkpoint, job.settings)
         if precision == "int8":
             job.progress("calibrating int8")
-            exporter.quantize_int8(exported, job.checkpoint, job.calibration)
+            exporter.quantize_int8(exported, job.calibration)
         exported.save_pretrained(folder)
         return ExportedProgram(
             format="openvino",

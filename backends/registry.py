@@ -94,6 +94,8 @@ def backend_for(settings: ExportSettings) -> Backend:
         UsageError: there is no such backend, or it lacks the precision or sparsity.
         BackendUnavailable: a package that the export needs is missing.
     """
+    from ..exporters.options import checked_options
+
     backend = get_backend(settings.backend)
     if settings.precision not in backend.precisions:
         valid = ", ".join(backend.precisions)
@@ -104,6 +106,7 @@ def backend_for(settings: ExportSettings) -> Backend:
             f"The backend {backend.name} makes no use of {settings.sparsity} sparsity; {', '.join(able)} does.",
             "Leave --sparsity out: the zeros stay in the weights all the same.",
         )
+    checked_options(backend.options(), settings.options, backend.name)
     available = backend.probe()
     if not available.can_export:
         raise BackendUnavailable(f"The backend {backend.name} cannot export here: {available.reason}.", available.mend)

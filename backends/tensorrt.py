@@ -54,7 +54,6 @@ class TensorRTBackend(Backend):
     def export(self, job: ExportJob, folder: Path) -> ExportedProgram:
         from ..exporters import onnx, tensorrt
         from ..exporters.build_plan import BuildPlan
-        from ..exporters.inputs import longest
         from ..exporters.program import ExportedProgram
         from ..exporters.sparsity import require_pattern, sparsity_evidence
 
@@ -69,9 +68,8 @@ class TensorRTBackend(Backend):
         if settings.precision == "fp16":
             evidence["float16 range"] = _float_range(job, exported.program)
         inputs = onnx.tensor_specs(exported.program.graph.inputs)
-        plan = BuildPlan.of(
-            settings, [spec.name for spec in inputs], longest(job.checkpoint, settings.shapes), onnx.OPSET
-        )
+        shapes = settings.shapes.within(job.checkpoint.max_length)
+        plan = BuildPlan.of(settings.model_copy(update={"shapes": shapes}), [spec.name for spec in inputs], onnx.OPSET)
         plan.save(folder)
         return ExportedProgram(
             format=KIT,

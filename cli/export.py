@@ -6,13 +6,24 @@ from pathlib import Path
 
 import click
 
-from .options import checked, column_option, json_option, model_options, out_options, pairs
+from .options import (
+    checked,
+    column_option,
+    json_option,
+    model_options,
+    out_options,
+    pairs,
+    sizes,
+    yaml_pairs,
+)
 
 EXAMPLES = """
 \b
 Examples:
   limbeck export ./model --backend onnx --out artifact
   limbeck export ./model --backend openvino --precision int8 --calibration texts.jsonl --out artifact
+  limbeck export ./model --backend openvino --batch 1 --sequence 128 --out artifact
+  limbeck export ./model --backend onnx --option opset=21 --precision int4-weight-only --out artifact
   limbeck export ./sparse --backend tensorrt --precision fp16 --sparsity 2:4 --out kit
 """
 
@@ -30,18 +41,23 @@ Examples:
     "--calibration", metavar="FILE", help="Real texts: int8 is calibrated and float16 ranges are checked on them."
 )
 @click.option("--calibration-samples", type=int, help="Rows of --calibration that are used.  [default: 300]")
-@click.option("--max-batch", type=int, help="Largest batch the program takes.  [default: 64]")
+@click.option("--batch", metavar="SIZES", help="Batch sizes it takes: N, MIN:MAX or MIN:BEST:MAX.  [default: 1:8:64]")
 @click.option(
-    "--max-sequence", type=int, help="Longest input the program takes, in tokens.  [default: the model's limit]"
+    "--sequence",
+    metavar="SIZES",
+    help="Lengths in tokens, likewise.  [default: 1:128:512, or the model's limit]",
+)
+@click.option(
+    "--option", "options", multiple=True, metavar="NAME=VALUE", help="Of the backend's own: limbeck backends NAME."
 )
 @model_options
 @column_option
 @out_options
 @json_option
 def command(
-    checkpoint: str, backend: str, precision: str | None, calibration: str | None, max_batch: int | None,
-    max_sequence: int | None, task: str | None, trust_remote_code: bool, columns: tuple[str, ...],
-    out: str, overwrite: bool, as_json: bool, **settings: object,
+    checkpoint: str, backend: str, precision: str | None, calibration: str | None, batch: str | None,
+    sequence: str | None, options: tuple[str, ...], task: str | None, trust_remote_code: bool,
+    columns: tuple[str, ...], out: str, overwrite: bool, as_json: bool, **settings: object,
 ) -> None:  # fmt: skip
     """Compile CHECKPOINT (a folder or hub id) into an artifact.
 
@@ -55,9 +71,9 @@ def command(
     from .summary import artifact_summary
 
     chosen = get_backend(backend)
-    shapes = checked(ShapeRange, {"max_batch": max_batch, "max_sequence": max_sequence})
+    shapes = checked(ShapeRange, {**sizes("batch", batch), **sizes("sequence", sequence)})
     values = {**settings, "backend": backend, "precision": precision or chosen.default_precision, "shapes": shapes}
-    wanted = checked(ExportSettings, values)
+    wanted = checked(ExportSettings, {**values, "options": yaml_pairs(options, "--option")})
     backend_for(wanted)
     check_output_folder(Path(out), overwrite)
     with working() as progress:

@@ -176,6 +176,41 @@ def pairs(values: Sequence[str], option: str) -> dict[str, str]:
     return found
 
 
+def yaml_pairs(values: Sequence[str], option: str) -> dict[str, Any]:
+    """`("a=1", "b=[x, y]")` as a dictionary whose values are read as YAML.
+
+    Raises:
+        UsageError: a value without `=`, or that is no YAML.
+    """
+    import yaml
+
+    read = {}
+    for name, value in pairs(values, option).items():
+        try:
+            read[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"{option} {name}: {value!r} is neither a number, a word nor a list in YAML.") from error
+    return read
+
+
+def sizes(axis: str, text: str | None) -> dict[str, int]:
+    """`8`, `1:64` or `1:8:64` as the fields of a `ShapeRange`; nothing where nothing was given.
+
+    Raises:
+        UsageError: something else.
+    """
+    if text is None:
+        return {}
+    parts = text.split(":")
+    if not 1 <= len(parts) <= 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"--{axis} takes a size (8), a range (1:64) or one with its best size (1:8:64), not {text!r}.")
+    numbers = [int(part) for part in parts]
+    found = {f"min_{axis}": numbers[0], f"max_{axis}": numbers[-1]}
+    if len(numbers) != 2:
+        found[f"opt_{axis}"] = numbers[len(numbers) // 2]
+    return found
+
+
 def checked(settings: type[Settings], values: Mapping[str, Any]) -> Settings:
     """Settings from options; what was not given keeps its default.
 

@@ -8,7 +8,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..environment import versions
-from ..errors import UsageError
 from ..files import read_document, write_json
 from .settings import ExportSettings, Precision, ShapeRange
 
@@ -54,17 +53,13 @@ class BuildPlan(BaseModel):
     versions: dict[str, str] = Field(default_factory=dict)
 
     @classmethod
-    def of(cls, settings: ExportSettings, inputs: list[str], longest: int, opset: int) -> BuildPlan:
-        """The plan for these settings; `longest` is the longest sequence that the model has positions for.
-
-        Raises:
-            UsageError: a range whose smallest size is above its largest.
-        """
-        profile = _profile(settings.shapes, longest)
+    def of(cls, settings: ExportSettings, inputs: list[str], opset: int) -> BuildPlan:
+        """The plan for these settings, whose shapes are within what the model has positions for."""
+        profile = _profile(settings.shapes)
         flags: list[Literal["SPARSE_WEIGHTS", "TF32"]] = []
         if settings.sparsity is not None:
             flags.append("SPARSE_WEIGHTS")
-        if settings.precision == "fp32":
+        if settings.precision == "tf32":
             flags.append("TF32")
         return cls(
             precision=settings.precision,
@@ -88,12 +83,9 @@ class BuildPlan(BaseModel):
         return read_document(folder / PLAN_FILE, cls, PLAN_SCHEMA)
 
 
-def _profile(shapes: ShapeRange, longest: int) -> Profile:
-    top = (max(shapes.max_batch, 1), min(shapes.max_sequence, longest))
-    bottom = (shapes.min_batch, shapes.min_sequence)
-    for smallest, largest, what in zip(bottom, top, ("batch size", "sequence length"), strict=True):
-        if smallest > largest:
-            raise UsageError(f"The smallest {what} {smallest} is above the largest, {largest}.")
-    wanted = (shapes.opt_batch, shapes.opt_sequence)
-    best = [min(max(size, low), high) for size, low, high in zip(wanted, bottom, top, strict=True)]
-    return Profile(min=list(bottom), opt=best, max=list(top))
+def _profile(shapes: ShapeRange) -> Profile:
+    return Profile(
+        min=[shapes.min_batch, shapes.min_sequence],
+        opt=[shapes.opt_batch, shapes.opt_sequence],
+        max=[shapes.max_batch, shapes.max_sequence],
+    )

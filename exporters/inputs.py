@@ -54,33 +54,47 @@ def _padding_id(checkpoint: Checkpoint) -> int:
     return int(token if token is not None else 0)
 
 
-def sample_inputs(checkpoint: Checkpoint) -> dict[str, Any]:
+def traced_sizes(checkpoint: Checkpoint, shapes: ShapeRange) -> tuple[int, int]:
+    """Batch and sequence of the traced sample: the usual ones where the range allows them."""
+    top = longest(checkpoint, shapes)
+    batch = min(max(TRACED_BATCH, shapes.min_batch), shapes.max_batch)
+    return batch, min(max(TRACED_SEQUENCE, shapes.min_sequence), top)
+
+
+def sample_inputs(checkpoint: Checkpoint, shapes: ShapeRange) -> dict[str, Any]:
     """What the graph is traced with: a padded batch and the task's constant flags."""
-    batch = probe_batch(checkpoint, TRACED_BATCH, TRACED_SEQUENCE, padded=True)
+    batch = probe_batch(checkpoint, *traced_sizes(checkpoint, shapes), padded=True)
     return {**batch, **checkpoint.task.forward_flags()}
 
 
 def dynamic_shapes(checkpoint: Checkpoint, shapes: ShapeRange) -> dict[str, Any]:
-    """Batch and sequence vary within their ranges in every input; nothing else does."""
-    batch = torch.export.Dim("batch", min=1, max=max(shapes.max_batch, 2))
-    sequence = torch.export.Dim("sequence", min=1, max=longest(checkpoint, shapes))
-    return {name: {0: batch, 1: sequence} for name in checkpoint.input_names}
+    """Batch and sequence vary within their ranges in every input, unless a range holds one size; nothing else does."""
+    top = longest(checkpoint, shapes)
+    axes: dict[int, Any] = {}
+    if shapes.min_batch < shapes.max_batch:
+        axes[0] = torch.export.Dim("batch", min=shapes.min_batch, max=shapes.max_batch)
+    if shapes.min_sequence < top:
+        axes[1] = torch.export.Dim("sequence", min=shapes.min_sequence, max=top)
+    return {name: dict(axes) for name in checkpoint.input_names}
 
 
 def longest(checkpoint: Checkpoint, shapes: ShapeRange) -> int:
     """The longest sequence a program takes: what was asked for, within what the model has positions for."""
-    return max(min(shapes.max_sequence, checkpoint.max_length), 2)
+    return min(shapes.max_sequence, checkpoint.max_length)
 
 
 def probe_batches(
     checkpoint: Checkpoint, shapes: ShapeRange, stream: torch.Tensor | None = None
 ) -> Iterator[tuple[str, Batch]]:
-    """Shapes at which exports go wrong, each with its name: ones, odd sizes, padding, the longest length.
+    """Shapes at which exports go wrong, each with its name: ones, odd sizes, padding, the longest length; where a size
+    is static, that one.
 
-    None of them is the traced shape, so an axis that was baked in shows.
+    None of them is the traced shape where sizes vary, so an axis that was baked in shows.
     """
-    top = longest(checkpoint, shapes)
+    top, seen = longest(checkpoint, shapes), set()
     for batch, sequence, padded in ((1, 1, False), (1, 7, False), (3, 13, False), (5, 24, True), (1, top, False)):
-        if sequence <= top and batch <= shapes.max_batch:
+        size = min(max(batch, shapes.min_batch), shapes.max_batch), min(max(sequence, shapes.min_sequence), top)
+        if (size, padded) not in seen:
+            seen.add((size, padded))
             kind = ", padded" if padded else ""
-            yield f"{batch} x {sequence}{kind}", probe_batch(checkpoint, batch, sequence, padded=padded, stream=stream)
+            yield f"{size[0]} x {size[1]}{kind}", probe_batch(checkpoint, *size, padded=padded, stream=stream)

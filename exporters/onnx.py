@@ -63,7 +63,7 @@ def export_graph(checkpoint: Checkpoint, settings: ExportSettings) -> ExportedMo
 
     config = OnnxConfig(opset_version=OPSET, dynamic_shapes=dynamic_shapes(checkpoint, settings.shapes))
     with quiet_exporters():
-        exported = OnnxExporter().export(checkpoint.module, sample_inputs(checkpoint), config)
+        exported = OnnxExporter().export(checkpoint.module, sample_inputs(checkpoint, settings.shapes), config)
     name_weights(exported.program, checkpoint.module)
     return exported
 
@@ -101,9 +101,7 @@ def require_calibration(calibration: Sequence[Mapping[str, torch.Tensor]]) -> No
         raise InputError("An int8 export needs real inputs to calibrate on.", "Add --calibration FILE.")
 
 
-def quantize_int8(
-    exported: ExportedModel, checkpoint: Checkpoint, calibration: Sequence[Mapping[str, torch.Tensor]]
-) -> None:
+def quantize_int8(exported: ExportedModel, calibration: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Static int8 by ONNX Runtime's quantiser (Q/DQ nodes), calibrated on real batches: unsigned activations and
     signed weights per channel, the pair that VNNI instructions multiply."""
     from onnxruntime.quantization import QuantType
@@ -120,7 +118,7 @@ def quantize_int8(
     quantizer = OnnxRuntimeQuantizer(config, calibration_dataset=[dict(batch) for batch in calibration])
     component = exported.components["model"]
     with quiet_exporters():
-        component.program = quantizer.quantize(component.program, sample_inputs(checkpoint), "onnx")
+        component.program = quantizer.quantize(component.program, dict(calibration[0]), "onnx")
 
 
 def read_weights(path: Path) -> Iterator[ProgramWeight]:

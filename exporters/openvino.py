@@ -15,11 +15,11 @@ from torch import nn
 from ..errors import InputError
 from ..models.checkpoint import Checkpoint
 from .artifact import TensorSpec
-from .inputs import dynamic_shapes, sample_inputs
+from .inputs import dynamic_shapes, longest, sample_inputs
 from .onnx import quiet_exporters
-from .parameter_names import TRANSPOSED, ParameterNames
+from .parameter_names import TRANSPOSED, ParameterNames, rows_of
 from .program import ProgramWeight
-from .settings import ExportSettings, Precision
+from .settings import ExportSettings, Precision, ShapeRange
 
 if TYPE_CHECKING:
     from transformers.exporters import ExportedModel
@@ -45,13 +45,24 @@ def export_graph(checkpoint: Checkpoint, settings: ExportSettings) -> ExportedMo
 
     config = OpenVINOConfig(dynamic_shapes=dynamic_shapes(checkpoint, settings.shapes), stateful=False)
     with quiet_exporters():
-        exported = OpenVINOExporter().export(checkpoint.module, sample_inputs(checkpoint), config)
+        exported = OpenVINOExporter().export(checkpoint.module, sample_inputs(checkpoint, settings.shapes), config)
+    _bound_shapes(exported.program, checkpoint, settings.shapes)
     name_weights(exported.program, checkpoint.module)
     if settings.precision == "fp16":
         from openvino._offline_transformations import compress_model_transformation
 
         compress_model_transformation(exported.program)
     return exported
+
+
+def _bound_shapes(model: Any, checkpoint: Checkpoint, shapes: ShapeRange) -> None:
+    """The IR forgets the trace's ranges: without them it would take any size, and a static one gain nothing."""
+    import openvino
+
+    top = longest(checkpoint, shapes)
+    sizes = [(shapes.min_batch, shapes.max_batch), (shapes.min_sequence, top)]
+    bounds = openvino.PartialShape([openvino.Dimension(*size) for size in sizes])
+    model.reshape(dict.fromkeys(model.inputs, bounds))
 
 
 def name_weights(model: Any, module: nn.Module) -> None:
@@ -81,9 +92,7 @@ def _bits(values: np.ndarray) -> np.ndarray:
     return values.view(np.int16) if values.dtype.itemsize == 2 else values
 
 
-def quantize_int8(
-    exported: ExportedModel, checkpoint: Checkpoint, calibration: Sequence[Mapping[str, torch.Tensor]]
-) -> None:
+def quantize_int8(exported: ExportedModel, calibration: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Post-training int8 by NNCF, calibrated on real batches."""
     import nncf
     from transformers.exporters import NNCFOpenVINOQuantizer, NNCFQuantizationConfig
@@ -92,7 +101,7 @@ def quantize_int8(
     quantizer = NNCFOpenVINOQuantizer(config, calibration_dataset=[dict(batch) for batch in calibration])
     component = exported.components["model"]
     with quiet_exporters(), _nncf_silent():
-        component.program = quantizer.quantize(component.program, sample_inputs(checkpoint), "openvino")
+        component.program = quantizer.quantize(component.program, dict(calibration[0]), "openvino")
 
 
 @contextmanager
@@ -131,7 +140,7 @@ def read_weights(path: Path, module: nn.Module) -> Iterator[ProgramWeight]:
     for operation in model.get_ordered_ops():
         name = operation.get_friendly_name()
         kind = operation.get_type_name()
-        if kind in ("Constant", "Convert") and name.removesuffix(TRANSPOSED) in parameters:
+        if kind in ("Constant", "Convert") and rows_of(name.removesuffix(TRANSPOSED))[0] in parameters:
             values, step = _evaluate(operation)
             yield ProgramWeight.of_constant(name, values, step)
         elif kind in ("MatMul", "Gather") and name in owners:

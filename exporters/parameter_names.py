@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -12,6 +13,13 @@ from torch import nn
 
 TRANSPOSED = ".T"
 """Suffix of a constant that holds a parameter's transpose."""
+_ROWS = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
+
+
+def rows_of(constant: str) -> tuple[str, slice | None]:
+    """The parameter that a constant's name stands for, and which rows of it where it holds only some (`name[0:24]`)."""
+    match = _ROWS.fullmatch(constant)
+    return (match["name"], slice(int(match["start"]), int(match["stop"]))) if match else (constant, None)
 
 
 class ParameterNames:
@@ -24,16 +32,21 @@ class ParameterNames:
     def __init__(self, module: nn.Module) -> None:
         self._by_content: dict[tuple[int, bytes], list[str]] = defaultdict(list)
         self._given: set[str] = set()
+        self._tables: dict[str, np.ndarray] = {}
+        tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
         for name, parameter in module.named_parameters(remove_duplicate=False):
             if not parameter.is_floating_point():
                 continue
             values = _array(parameter)
+            if id(parameter) in tables:
+                self._tables[name] = values
             self._by_content[_key(values)].append(name)
             if values.ndim == 2 and min(values.shape) > 1:
                 self._by_content[_key(values.T)].append(name + TRANSPOSED)
 
     def find(self, values: np.ndarray, scopes: Sequence[str] = ()) -> str | None:
-        """The parameter's name (with `TRANSPOSED` where the constant holds its transpose), or `None`.
+        """The parameter's name (with `TRANSPOSED` where the constant holds its transpose, with `[start:stop]` where it
+        holds rows of a table of embeddings, as the positions of a static length do), or `None`.
 
         Args:
             values: the constant; axes of size one do not count.
@@ -41,12 +54,24 @@ class ParameterNames:
         """
         candidates = self._by_content.get(_key(values), [])
         if not candidates:
-            return None
+            return self._find_rows(np.squeeze(values))
         in_scope = [name for name in candidates if any(_owner(name) == scope for scope in scopes)]
         fresh = [name for name in (*in_scope, *candidates) if name not in self._given]
         name = fresh[0] if fresh else (in_scope or candidates)[0]
         self._given.add(name)
         return name
+
+    def _find_rows(self, values: np.ndarray) -> str | None:
+        if values.ndim != 2:
+            return None
+        for name, table in self._tables.items():
+            if table.shape[1] != values.shape[1] or table.dtype != values.dtype or len(table) < len(values):
+                continue
+            for start in np.flatnonzero((table == values[0]).all(axis=1)):
+                stop = start + len(values)
+                if np.array_equal(table[start:stop], values):
+                    return f"{name}[{start}:{stop}]"
+        return None
 
 
 def _owner(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .artifact import SparseLayer, TensorSpec
-from .parameter_names import TRANSPOSED
+from .parameter_names import TRANSPOSED, rows_of
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,20 @@ class ProgramWeight:
         values: float32, in the parameter's own layout.
         step: the largest rounding that its storage explains, broadcastable to `values`: half a quantisation step for
             int8, 0 where the weight is stored as it was traced.
+        rows: which rows of the parameter these are, where the program needs no others; `None`: all.
     """
 
     name: str
     values: np.ndarray
     step: np.ndarray | float = 0.0
+    rows: slice | None = None
 
     @classmethod
     def of_constant(cls, name: str, values: np.ndarray, step: np.ndarray | float) -> ProgramWeight:
         """The weight that a constant of this name holds, turned back where it holds the transpose."""
         if not name.endswith(TRANSPOSED):
-            return cls(name, values, step)
+            name, rows = rows_of(name)
+            return cls(name, values, step, rows)
         return cls(name.removesuffix(TRANSPOSED), values.T, step.T if isinstance(step, np.ndarray) else step)
 
 

@@ -155,7 +155,9 @@ def export_graph(
         quantizer=int8_quantizer(calibration) if settings.precision == "int8" else None,
     )
     with quiet_exporters():
-        exported: ExportedModel = TensorRTExporter().export(checkpoint.module, sample_inputs(checkpoint), config)
+        exported: ExportedModel = TensorRTExporter().export(
+            checkpoint.module, sample_inputs(checkpoint, settings.shapes), config
+        )
     return exported
 
 

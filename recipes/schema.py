@@ -160,6 +160,8 @@ class Export(_Part):
     sparsity: Literal["2:4"] | None = None
     shapes: ShapeRange = ShapeRange()
     calibration_samples: int = Field(300, ge=1)
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The backend's own (`limbeck backends NAME` lists them)."""
     baseline: bool = False
 
     def settings(self) -> ExportSettings:

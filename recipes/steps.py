@@ -23,7 +23,7 @@ from ..errors import ExportMismatch, UsageError, did_you_mean
 from ..exporters.artifact import CheckRecord, Manifest, open_artifact, read_manifest, seal
 from ..exporters.inputs import probe_batches, token_stream
 from ..exporters.program import ExportedProgram
-from ..exporters.settings import ExportSettings
+from ..exporters.settings import QUANTISED, ExportSettings
 from ..files import check_output_folder, files_below, read_json, staged_folder, write_json
 from ..models.batching import Batch, Examples, pad
 from ..models.checkpoint import Checkpoint
@@ -161,6 +161,7 @@ def export(
         BackendUnavailable: a package that the export needs is missing.
     """
     backend = backend_for(settings)
+    settings = _for_model(settings, checkpoint)
     check_output_folder(out, overwrite)
     batches = calibration_batches(checkpoint, calibration, settings.calibration_samples)
     with staged_folder(out, overwrite) as folder:
@@ -176,6 +177,17 @@ def export(
         manifest = _manifest(checkpoint, settings, program)
         checks = _check(checkpoint, settings, program, folder, manifest, batches, progress)
         return seal(manifest.model_copy(update={"checks": checks, "program_files": program_files}), folder)
+
+
+def _for_model(settings: ExportSettings, checkpoint: Checkpoint) -> ExportSettings:
+    """The settings with sizes that the model has positions for."""
+    try:
+        return settings.model_copy(update={"shapes": settings.shapes.within(checkpoint.max_length)})
+    except ValueError as error:
+        raise UsageError(
+            f"The smallest sequence {settings.shapes.min_sequence} is longer than the {checkpoint.max_length} tokens "
+            f"that {checkpoint.source} has positions for."
+        ) from error
 
 
 def _manifest(checkpoint: Checkpoint, settings: ExportSettings, program: ExportedProgram) -> Manifest:
@@ -210,7 +222,7 @@ def _check(
     checks = []
     if program.weights is not None:
         progress.say("auditing the weights")
-        checks.append(audit_weights(checkpoint.module, program.weights, quantised=settings.precision == "int8"))
+        checks.append(audit_weights(checkpoint.module, program.weights, quantised=settings.precision in QUANTISED))
     progress.say("comparing outputs with torch")
     runner = get_backend(settings.backend).load(folder, manifest)
     for name, wanted in program.compile_properties.items():

@@ -15,10 +15,21 @@ from ..models.batching import Batch
 
 Run = Callable[[Mapping[str, torch.Tensor]], Mapping[str, np.ndarray]]
 
-TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 8e-2, "int8": 5e-1, "native": 8e-2}
+TOLERANCES: dict[Precision, float] = {
+    "fp32": 1e-4,
+    "tf32": 1e-2,
+    "fp16": 2e-2,
+    "bf16": 8e-2,
+    "fp8": 5e-1,
+    "int8": 5e-1,
+    "int8-weight-only": 1e-1,
+    "int4-weight-only": 5e-1,
+    "native": 8e-2,
+}
 """Largest difference that a precision explains, as a share of the output's largest magnitude. fp32 differs by the
-order of summation alone (1e-6 is usual), float16 and bfloat16 by 11 and 8 bits of every product; int8 by a rounding of
-every activation, so its parity only rules out a broken program: what it costs in quality is for validation to say."""
+order of summation alone (1e-6 is usual), tf32, float16 and bfloat16 by 11, 11 and 8 bits of every product; int8 and fp8
+by a rounding of every activation and int4 by a coarse one of every weight, so their parity only rules out a broken
+program: what it costs in quality is for validation to say."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ def audit_weights(module: nn.Module, weights: Iterable[ProgramWeight], *, quanti
             continue
         found.add(twins[weight.name])
         compared += 1
-        difference = _beyond_rounding(weight, parameter.detach().float().cpu().numpy())
+        expected = parameter if weight.rows is None else parameter[weight.rows]
+        difference = _beyond_rounding(weight, expected.detach().float().cpu().numpy())
         if difference is not None:
             wrong.append({"weight": weight.name, "problem": difference})
     wrong += [

@@ -30,7 +30,7 @@ class TorchExportBackend(Backend):
 
     def export(self, job: ExportJob, folder: Path) -> ExportedProgram:
         job.progress("tracing the graph")
-        names, sample = job.checkpoint.input_names, sample_inputs(job.checkpoint)
+        names, sample = job.checkpoint.input_names, sample_inputs(job.checkpoint, job.settings.shapes)
         module = _Positional(job.checkpoint, names)
         shapes = dynamic_shapes(job.checkpoint, job.settings.shapes)
         tensors = tuple(sample[name] for name in names)

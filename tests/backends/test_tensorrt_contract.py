@@ -184,7 +184,7 @@ def test_the_plan_becomes_polygraphys_configuration(bindings: dict[str, str]) ->
 from limbeck.backends.tensorrt_build import builder_config
 from limbeck.exporters.build_plan import BuildPlan
 from limbeck.exporters.settings import ExportSettings
-plan = BuildPlan.of(ExportSettings(backend="tensorrt", precision="fp16", sparsity="2:4"), ["input_ids"], 128, 20)
+plan = BuildPlan.of(ExportSettings(backend="tensorrt", precision="fp16", sparsity="2:4"), ["input_ids"], 20)
 plan = plan.model_copy(update={"workspace_bytes": 1 << 30, "hardware_compatibility": "AMPERE_PLUS"})
 config = builder_config(plan)
 found = config.profiles[0]["input_ids"]
@@ -200,7 +200,7 @@ print(json.dumps({
         "sparse": True,
         "tf32": False,
         "fp16": False,
-        "profile": [[1, 1], [8, 128], [64, 128]],
+        "profile": [[1, 1], [8, 128], [64, 512]],
         "workspace": 1 << 30,
         "level": 3,
         "hardware": True,

@@ -160,7 +160,7 @@ def traced(checkpoint: Checkpoint, module: torch.nn.Module, folder: Path, dynami
 
     config = OnnxConfig(opset_version=OPSET, dynamic_shapes=dynamic)
     with quiet_exporters():
-        exported = OnnxExporter().export(module, sample_inputs(checkpoint), config)
+        exported = OnnxExporter().export(module, sample_inputs(checkpoint, SMALL), config)
     name_weights(exported.program, checkpoint.module)
     exported.save_pretrained(folder)
     return OnnxRunner(folder / GRAPH_FILE, threads=1)

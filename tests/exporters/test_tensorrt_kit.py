@@ -276,11 +276,10 @@ def test_another_exporter_of_that_name_keeps_its_place() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_a_plan_refuses_an_empty_range() -> None:
-    settings = ExportSettings(backend="tensorrt", shapes=ShapeRange(min_sequence=100, max_sequence=512))
-    with pytest.raises(UsageError, match="sequence length 100"):
-        BuildPlan.of(settings, ["input_ids"], longest=64, opset=20)
-    assert BuildPlan.of(settings, ["input_ids"], longest=128, opset=20).flags == ["TF32"]
+def test_a_plan_tells_the_builder_of_tf32_only_where_it_was_asked_for() -> None:
+    for precision, flags in (("fp32", []), ("tf32", ["TF32"]), ("fp16", [])):
+        settings = ExportSettings.model_validate({"backend": "tensorrt", "precision": precision})
+        assert BuildPlan.of(settings, ["input_ids"], opset=20).flags == flags
 
 
 @pytest.mark.parametrize("text", ['{"schema_version": 9}', '{"precision": "fp16"}', "[]", "{"])
