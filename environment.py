@@ -8,6 +8,7 @@ import importlib.util
 import os
 import platform
 import subprocess
+from pathlib import Path
 from typing import Any
 
 PACKAGES_OF_RECORD = (
@@ -113,3 +114,8 @@ def gpu_facts() -> list[dict[str, str]]:
 def facts() -> dict[str, Any]:
     """Everything above in one JSON-ready value."""
     return {"cpu": cpu_facts(), "gpus": gpu_facts(), "platform": platform.platform(), "versions": versions()}
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept between runs: `$XDG_CACHE_HOME/limbeck`, else `~/.cache/limbeck`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limbeck"

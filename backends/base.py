@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # `limbeck backends` probes without loading torch
 
     from ..exporters.artifact import Manifest
     from ..exporters.options import BackendOptions
-    from ..exporters.program import ExportedProgram
+    from ..exporters.program import ExportedProgram, Floor
     from ..exporters.settings import ExportSettings, Precision
     from ..models.checkpoint import Checkpoint
 
@@ -55,6 +55,8 @@ class ExportJob:
     settings: ExportSettings
     calibration: Sequence[Mapping[str, torch.Tensor]] = ()
     """Batches of real inputs: int8 is calibrated on them, float16 ranges are checked on them."""
+    floor: Floor | None = None
+    """What a backend with accuracy control heeds while it quantises; every program is held to it afterwards."""
     progress: Progress = lambda _: None
 
 

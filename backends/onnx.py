@@ -1,13 +1,15 @@
-"""ONNX Runtime: portable graphs, fp32, fp16 and static int8."""
+"""ONNX Runtime: portable graphs in float32, float16, bfloat16, static int8, or with weights alone in 8 or 4 bits."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..environment import available_cpus, installed_version, is_importable
-from ..errors import BackendUnavailable, InputError, UsageError
+from ..errors import BackendUnavailable, InputError
 from .base import Availability, Backend, ExportJob, Runner
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from ..exporters.program import ExportedProgram
 
 _INSTALL = 'pip install "limbeck[onnx]"'
+_NO_BF16 = "never run in bfloat16, which ONNX Runtime's CPU lacks; its float32 twin was checked"
 
 
 class OnnxRunner(Runner):
@@ -83,12 +86,30 @@ class OnnxRunner(Runner):
         return {name: batch[name].numpy() for name in self._inputs}
 
 
+class TwinRunner(OnnxRunner):
+    """A bfloat16 graph as its float32 twin, with the weights that bfloat16 rounded: ONNX Runtime's CPU has no bfloat16.
+    For checks of accuracy, never for speed."""
+
+    def __init__(self, graph: Path, threads: int | None = None, properties: Mapping[str, str] | None = None) -> None:
+        import onnx_ir
+
+        from ..exporters.float_range import float32_twin, write_graph
+
+        with tempfile.TemporaryDirectory(prefix="limbeck-") as scratch:
+            twin = write_graph(float32_twin(onnx_ir.load(str(graph))), Path(scratch))
+            super().__init__(twin, threads, properties)
+        self.properties = {**self.properties, "arithmetic": "float32 with bfloat16 weights"}
+
+    def prepare(self, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
+        raise BackendUnavailable("A bfloat16 ONNX graph cannot be timed here: ONNX Runtime's CPU has no bfloat16.")
+
+
 class OnnxBackend(Backend):
     """`--backend onnx`."""
 
     name = "onnx"
     summary = "ONNX graph, run by ONNX Runtime on the CPU"
-    precisions = ("fp32", "fp16", "int8")
+    precisions = ("fp32", "fp16", "bf16", "int8", "int8-weight-only", "int4-weight-only")
     formats = ("onnx",)
     properties = frozenset({"session.force_spinning_stop"})
 
@@ -106,26 +127,24 @@ class OnnxBackend(Backend):
 
     def export(self, job: ExportJob, folder: Path) -> ExportedProgram:
         from ..exporters import onnx as exporter
+        from ..exporters.options import OnnxOptions, checked_options
+        from ..exporters.precision import HALF_DTYPES, half_precision
         from ..exporters.program import ExportedProgram
+        from ..exporters.settings import WEIGHT_ONLY
 
-        precision = job.settings.precision
-        if precision == "bf16":
-            raise UsageError("ONNX Runtime's CPU has no bf16; the onnx backend takes fp32, fp16 and int8.")
+        precision, options = job.settings.precision, checked_options(OnnxOptions, job.settings.options, self.name)
         if precision == "int8":
             exporter.require_calibration(job.calibration)
         job.progress("tracing the graph")
-        if precision == "fp16":
-            import torch
-
-            from ..exporters.precision import half_precision
-
-            with half_precision(job.checkpoint.module, torch.float16):
-                exported = exporter.export_graph(job.checkpoint, job.settings)
-        else:
-            exported = exporter.export_graph(job.checkpoint, job.settings)
+        dtype = HALF_DTYPES.get(precision)
+        with half_precision(job.checkpoint.module, dtype) if dtype is not None else nullcontext():
+            exported = exporter.export_graph(job.checkpoint, job.settings, options)
         if precision == "int8":
             job.progress("calibrating int8")
             exporter.quantize_int8(exported, job.calibration)
+        elif precision in WEIGHT_ONLY:
+            job.progress("quantising the weights")
+            exporter.quantize_weights_only(exported, precision, options)
         exported.save_pretrained(folder)
         graph = exported.program.graph
         return ExportedProgram(
@@ -133,6 +152,7 @@ class OnnxBackend(Backend):
             inputs=exporter.tensor_specs(graph.inputs),
             outputs=exporter.tensor_specs(graph.outputs),
             weights=exporter.read_weights(folder / exporter.GRAPH_FILE),
+            unverified=_NO_BF16 if precision == "bf16" else None,
         )
 
     def load(self, folder: Path, manifest: Manifest, threads: int | None = None) -> Runner:
@@ -141,4 +161,7 @@ class OnnxBackend(Backend):
         available = self.probe()
         if not available.can_run:
             raise BackendUnavailable(f"ONNX Runtime is needed to open {folder}: {available.reason}.", available.mend)
-        return OnnxRunner(folder / GRAPH_FILE, threads, self.compile_properties(manifest))
+        properties = self.compile_properties(manifest)
+        if manifest.settings.precision == "bf16":
+            return TwinRunner(folder / GRAPH_FILE, threads, properties)
+        return OnnxRunner(folder / GRAPH_FILE, threads, properties)

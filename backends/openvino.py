@@ -1,4 +1,4 @@
-"""OpenVINO: fp32, bf16, fp16 and post-training int8 by NNCF, on Intel-style CPUs."""
+"""OpenVINO on Intel-style CPUs: float32, bfloat16, float16, and by NNCF int8 or weights alone in 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..environment import available_cpus, installed_version, is_importable
+from ..environment import available_cpus, cache_folder, installed_version, is_importable
 from ..errors import BackendUnavailable, InputError
 from .base import Availability, Backend, ExportJob, Runner
 
@@ -31,14 +31,22 @@ _READ_BACK = (
 
 
 class OpenVINORunner(Runner):
-    """One infer request of a model compiled for the CPU."""
+    """One infer request of a model compiled for the CPU.
 
-    def __init__(self, graph: Path, properties: Mapping[str, str], threads: int | None = None) -> None:
+    Args:
+        cache: folder in which OpenVINO keeps what it compiled, by a hash of the model and its properties.
+    """
+
+    def __init__(
+        self, graph: Path, properties: Mapping[str, str], threads: int | None = None, cache: Path | None = None
+    ) -> None:
         import openvino
 
         # Without properties of its own a program runs as the plug-in pleases, but for the number of threads.
         latency = {"PERFORMANCE_HINT": "LATENCY"} if properties else {}
         wanted = {**latency, "INFERENCE_NUM_THREADS": str(threads or available_cpus()), **properties}
+        if cache is not None:
+            wanted["CACHE_DIR"] = str(cache)
         try:
             compiled = openvino.Core().compile_model(str(graph), "CPU", wanted)
         except RuntimeError as error:
@@ -85,7 +93,7 @@ class OpenVINOBackend(Backend):
 
     name = "openvino"
     summary = "OpenVINO IR, run by its CPU plug-in"
-    precisions = ("fp32", "bf16", "fp16", "int8", "native")
+    precisions = ("fp32", "bf16", "fp16", "int8", "int8-weight-only", "int4-weight-only", "native")
     formats = ("openvino",)
     properties = frozenset({"INFERENCE_PRECISION_HINT"})
 
@@ -106,16 +114,24 @@ class OpenVINOBackend(Backend):
     def export(self, job: ExportJob, folder: Path) -> ExportedProgram:
         from ..exporters import openvino as exporter
         from ..exporters.onnx import require_calibration
+        from ..exporters.options import OpenVINOOptions, checked_options
         from ..exporters.program import ExportedProgram
+        from ..exporters.settings import QUANTISED, WEIGHT_ONLY
 
-        precision = job.settings.precision
-        if precision == "int8" and not is_importable("nncf"):
-            raise BackendUnavailable("An int8 export to OpenVINO needs nncf, which is not installed.", _INSTALL)
+        precision, options = job.settings.precision, checked_options(OpenVINOOptions, job.settings.options, self.name)
+        if precision in QUANTISED and not is_importable("nncf"):
+            raise BackendUnavailable(f"OpenVINO's {precision} needs nncf, which is not installed.", _INSTALL)
         if precision == "int8":
             require_calibration(job.calibration)
         job.progress("tracing the graph")
         exported = exporter.export_graph(job.checkpoint, job.settings)
-        if precision == "int8":
+        if precision in WEIGHT_ONLY:
+            job.progress("quantising the weights")
+            exporter.quantize_weights_only(exported, precision, options)
+        elif precision == "int8" and job.floor is not None:
+            job.progress("calibrating int8, with accuracy control")
+            exporter.quantize_to_floor(exported, job.calibration, job.floor)
+        elif precision == "int8":
             job.progress("calibrating int8")
             exporter.quantize_int8(exported, job.calibration)
         exported.save_pretrained(folder)
@@ -133,4 +149,5 @@ class OpenVINOBackend(Backend):
         available = self.probe()
         if not available.can_run:
             raise BackendUnavailable(f"OpenVINO is needed to open {folder}: {available.reason}.", available.mend)
-        return OpenVINORunner(folder / GRAPH_FILE, self.compile_properties(manifest), threads)
+        cache = cache_folder() / "openvino" if manifest.settings.options.get("compile_cache") is True else None
+        return OpenVINORunner(folder / GRAPH_FILE, self.compile_properties(manifest), threads, cache)

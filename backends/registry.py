@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import BackendUnavailable, InputError, UsageError, did_you_mean
 from .base import Availability, Backend, Runner
+from .fitted import FittedRunner
 
 if TYPE_CHECKING:
     from ..exporters.artifact import Manifest
@@ -151,7 +152,7 @@ def backend_of_format(artifact_format: str) -> Backend:
 
 
 def load_runner(path: Path, threads: int | None = None) -> tuple[Runner, Manifest]:
-    """Verify an artifact and load it on its backend's runtime.
+    """Verify an artifact and load it on its backend's runtime, for batches of any size.
 
     Raises:
         IntegrityError: a file is not the one that was exported.
@@ -160,4 +161,5 @@ def load_runner(path: Path, threads: int | None = None) -> tuple[Runner, Manifes
     from ..exporters.artifact import open_artifact
 
     manifest = open_artifact(path)
-    return backend_of_format(manifest.format).load(path, manifest, threads), manifest
+    runner = backend_of_format(manifest.format).load(path, manifest, threads)
+    return FittedRunner(runner, manifest.settings.shapes), manifest

@@ -22,6 +22,7 @@ EXAMPLES = """
 Examples:
   limbeck export ./model --backend onnx --out artifact
   limbeck export ./model --backend openvino --precision int8 --calibration texts.jsonl --out artifact
+  limbeck export ./model --backend openvino --precision auto --calibration texts.jsonl --validation dev.csv --out best
   limbeck export ./model --backend openvino --batch 1 --sequence 128 --out artifact
   limbeck export ./model --backend onnx --option opset=21 --precision int4-weight-only --out artifact
   limbeck export ./sparse --backend tensorrt --precision fp16 --sparsity 2:4 --out kit
@@ -34,13 +35,20 @@ Examples:
     "--backend", required=True, metavar="NAME", help="onnx, openvino, tensorrt or a plug-in's (limbeck backends)."
 )
 @click.option(
-    "--precision", metavar="P", help="fp32, fp16, bf16, int8 or native; the backend's own default if not given."
+    "--precision",
+    metavar="P",
+    help="fp32, fp16, bf16, int8 and others (limbeck backends NAME), or auto: the fastest here that holds --floor. "
+    "The backend's own default if not given.",
 )
 @click.option("--sparsity", metavar="N:M", help="Require this pattern of zeros and let the compiler use it: 2:4.")
 @click.option(
     "--calibration", metavar="FILE", help="Real texts: int8 is calibrated and float16 ranges are checked on them."
 )
 @click.option("--calibration-samples", type=int, help="Rows of --calibration that are used.  [default: 300]")
+@click.option("--validation", metavar="FILE", help="What --floor is measured on.")
+@click.option(
+    "--floor", type=float, help="Share of CHECKPOINT's own quality that must be kept.  [default: 0.99 with auto]"
+)
 @click.option("--batch", metavar="SIZES", help="Batch sizes it takes: N, MIN:MAX or MIN:BEST:MAX.  [default: 1:8:64]")
 @click.option(
     "--sequence",
@@ -55,39 +63,51 @@ Examples:
 @out_options
 @json_option
 def command(
-    checkpoint: str, backend: str, precision: str | None, calibration: str | None, batch: str | None,
-    sequence: str | None, options: tuple[str, ...], task: str | None, trust_remote_code: bool,
+    checkpoint: str, backend: str, precision: str | None, calibration: str | None, validation: str | None,
+    batch: str | None, sequence: str | None, options: tuple[str, ...], task: str | None, trust_remote_code: bool,
     columns: tuple[str, ...], out: str, overwrite: bool, as_json: bool, **settings: object,
 ) -> None:  # fmt: skip
     """Compile CHECKPOINT (a folder or hub id) into an artifact.
 
     The artifact is checked before it appears: outputs at several shapes against torch, every weight against the
-    checkpoint's. It carries its tokenizer and a manifest that hashes every file.
+    checkpoint's, its quality against --floor. It carries its tokenizer and a manifest that hashes every file.
     """
     from ..backends.registry import backend_for, get_backend
     from ..exporters.settings import ExportSettings, ShapeRange
     from ..files import check_output_folder
-    from .console import done, print_json, working
-    from .summary import artifact_summary
+    from .console import done, print_json, show, working
+    from .summary import artifact_summary, precision_table
 
+    automatic = precision == "auto"
     chosen = get_backend(backend)
     shapes = checked(ShapeRange, {**sizes("batch", batch), **sizes("sequence", sequence)})
-    values = {**settings, "backend": backend, "precision": precision or chosen.default_precision, "shapes": shapes}
+    named = chosen.default_precision if automatic or precision is None else precision
+    values = {**settings, "backend": backend, "precision": named, "shapes": shapes}
     wanted = checked(ExportSettings, {**values, "options": yaml_pairs(options, "--option")})
     backend_for(wanted)
     check_output_folder(Path(out), overwrite)
     with working() as progress:
         progress.say("loading")
         from ..models.checkpoint import load_checkpoint
+        from ..recipes.precision_choice import export_fastest
         from ..recipes.steps import export
 
         loaded = load_checkpoint(checkpoint, task, trust_remote_code)
-        rows = loaded.read(calibration, pairs(columns, "--column")) if calibration else None
-        manifest = export(loaded, wanted, Path(out), calibration=rows, overwrite=overwrite, progress=progress)
+        chosen_columns = pairs(columns, "--column")
+        data = {
+            "calibration": loaded.read(calibration, chosen_columns) if calibration else None,
+            "validation": loaded.read(validation, chosen_columns) if validation else None,
+        }
+        verb = export_fastest if automatic else export
+        manifest = verb(loaded, wanted, Path(out), **data, overwrite=overwrite, progress=progress)
     if as_json:
         print_json(artifact_summary(manifest, Path(out)))
+    elif automatic:
+        show(precision_table(manifest.evidence["precision auto"]))
     for check in manifest.checks:
         done(f"{check.name}: {check.detail}.")
     if manifest.unverified:
         done(f"Unverified: {manifest.unverified}.")
-    done(f"Artifact {manifest.artifact_id} ({backend}, {wanted.precision}) written to {out}.")
+    for caveat in manifest.caveats:
+        done(f"Mind: {caveat}.")
+    done(f"Artifact {manifest.artifact_id} ({backend}, {manifest.settings.precision}) written to {out}.")

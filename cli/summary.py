@@ -132,3 +132,21 @@ def _layer_table(layers: list[dict[str, Any]]) -> Table:
     for layer in layers:
         table.add_row(layer["layer"], " x ".join(map(str, layer["shape"])), f"{layer['zeros']:.1%}")
     return table
+
+
+def precision_table(attempts: list[dict[str, Any]]) -> Table:
+    """What `--precision auto` tried, and what became of each."""
+    from rich.table import Column, Table
+
+    table = Table("precision", "quality", "median", "speed-up of fp32", "size", Column("outcome", overflow="fold"))
+    for attempt in attempts:
+        ms, ratio, low, size = (attempt.get(name) for name in ("p50_ms", "speedup", "speedup_low", "size_mb"))
+        table.add_row(
+            attempt["precision"],
+            attempt.get("quality", "-"),
+            f"{ms:.3g} ms" if ms is not None else "-",
+            f"{ratio:.2f}x" + (f" (at least {low:.2f}x)" if low is not None else "") if ratio is not None else "-",
+            f"{size:.1f} MB" if size is not None else "-",
+            attempt["outcome"],
+        )
+    return table

@@ -88,6 +88,8 @@ class Manifest(BaseModel):
     """What a backend's exporter or builder found out (range analysis, build log, ...)."""
     unverified: str | None = None
     """What has not been seen to run, in one sentence."""
+    caveats: list[str] = Field(default_factory=list)
+    """What speaks against the artifact although it passed, such as an int8 that is slower than float32."""
     lineage: Lineage
     is_kit: bool = False
     """Still to be built on the device it is for."""

@@ -18,17 +18,20 @@ from ..environment import cpu_facts
 from ..errors import InputError
 from ..models.checkpoint import Checkpoint
 from .artifact import TensorSpec
+from .constant_weights import fold_weights
 from .inputs import dynamic_shapes, sample_inputs
 from .node_scopes import module_of
+from .onnx_weight_only import quantize_weights, weights_of_embeddings, weights_of_matrices
+from .options import OnnxOptions
 from .parameter_names import ParameterNames
 from .program import ProgramWeight
-from .settings import ExportSettings
+from .settings import WEIGHT_ONLY, ExportSettings, Precision
 
 if TYPE_CHECKING:
     import onnx_ir
     from transformers.exporters import ExportedModel
 
-OPSET = 20
+OPSET: int = OnnxOptions().opset
 """Pinned: the exporter's default moves with onnxscript's releases."""
 GRAPH_FILE = "model.onnx"
 _HALF_ROUNDING = 2.0**-11
@@ -54,16 +57,23 @@ def quiet_exporters() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def export_graph(checkpoint: Checkpoint, settings: ExportSettings) -> ExportedModel:
+def export_graph(checkpoint: Checkpoint, settings: ExportSettings, options: OnnxOptions | None = None) -> ExportedModel:
     """Trace the checkpoint's module into an ONNX graph whose weights carry their parameters' names.
 
     Batch and sequence vary within `settings.shapes`; every other axis is fixed.
     """
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    config = OnnxConfig(opset_version=OPSET, dynamic_shapes=dynamic_shapes(checkpoint, settings.shapes))
+    options = options or OnnxOptions()
+    config = OnnxConfig(
+        opset_version=options.opset,
+        dynamic_shapes=dynamic_shapes(checkpoint, settings.shapes),
+        ort_fusions="cpu" if options.fusions else None,
+    )
     with quiet_exporters():
         exported = OnnxExporter().export(checkpoint.module, sample_inputs(checkpoint, settings.shapes), config)
+    if settings.precision in WEIGHT_ONLY:
+        fold_weights(exported.program)  # the head of tied embeddings has a matrix of its own then
     name_weights(exported.program, checkpoint.module)
     return exported
 
@@ -101,6 +111,14 @@ def require_calibration(calibration: Sequence[Mapping[str, torch.Tensor]]) -> No
         raise InputError("An int8 export needs real inputs to calibrate on.", "Add --calibration FILE.")
 
 
+def quantize_weights_only(exported: ExportedModel, precision: Precision, options: OnnxOptions) -> None:
+    """A weight-only precision: nothing is calibrated."""
+    component = exported.components["model"]
+    with quiet_exporters():
+        bits = 4 if precision == "int4-weight-only" else 8
+        component.program = quantize_weights(component.program, bits, options.group_size)
+
+
 def quantize_int8(exported: ExportedModel, calibration: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Static int8 by ONNX Runtime's quantiser (Q/DQ nodes), calibrated on real batches: unsigned activations and
     signed weights per channel, the pair that VNNI instructions multiply."""
@@ -130,6 +148,7 @@ def read_weights(path: Path) -> Iterator[ProgramWeight]:
         if value.const_value is None or value.name is None:
             continue
         yield from _weight_of(value.name, value, graph)
+    yield from weights_of_matrices(graph)
 
 
 def _weight_of(name: str, value: Any, graph: Any) -> Iterator[ProgramWeight]:
@@ -138,7 +157,9 @@ def _weight_of(name: str, value: Any, graph: Any) -> Iterator[ProgramWeight]:
         dequantize = next((use.node for use in value.uses() if use.node.op_type == "DequantizeLinear"), None)
         if dequantize is not None:
             yield _dequantized(name.removesuffix("_quantized"), tensor.numpy(), dequantize)
-    elif tensor.dtype.is_floating_point() and not name.endswith(("_scale", "_zero_point")):
+        else:
+            yield from weights_of_embeddings(value, graph)
+    elif tensor.dtype.is_floating_point() and not name.endswith(("_scale", "_scales", "_zero_point")):
         values = np.asarray(tensor.numpy(), dtype=np.float32)
         rounding = {"FLOAT16": _HALF_ROUNDING, "BFLOAT16": _BFLOAT16_ROUNDING}.get(tensor.dtype.name)
         step: np.ndarray | float = 0.0 if rounding is None else np.abs(values) * rounding + 2.0**-24

@@ -13,19 +13,24 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from ..models.batching import Run
 from ..models.checkpoint import Checkpoint
 from .artifact import TensorSpec
 from .inputs import dynamic_shapes, longest, sample_inputs
 from .onnx import quiet_exporters
 from .parameter_names import TRANSPOSED, ParameterNames, rows_of
-from .program import ProgramWeight
+from .program import Floor, ProgramWeight, rounding_of
 from .settings import ExportSettings, Precision, ShapeRange
 
 if TYPE_CHECKING:
     from transformers.exporters import ExportedModel
 
+    from .options import OpenVINOOptions
+
 GRAPH_FILE = "openvino_model.xml"
 _SMOOTHED = "nncf_smooth_quant"
+_RANKED_ON = 32
+"""Calibration batches by which accuracy control ranks operators; the floor is measured on all validation data."""
 
 COMPILE_PROPERTIES: dict[Precision, dict[str, str]] = {
     # The CPU plugin takes bf16 on its own where the CPU has it, and ignores the hint written in the IR: what a
@@ -35,6 +40,8 @@ COMPILE_PROPERTIES: dict[Precision, dict[str, str]] = {
     "bf16": {"INFERENCE_PRECISION_HINT": "bf16"},
     # What is not quantised (softmax, norms): bf16 where the CPU has it; elsewhere the plug-in takes f32.
     "int8": {"INFERENCE_PRECISION_HINT": "bf16"},
+    "int8-weight-only": {"INFERENCE_PRECISION_HINT": "f32"},
+    "int4-weight-only": {"INFERENCE_PRECISION_HINT": "f32"},
     "native": {},
 }
 
@@ -92,6 +99,82 @@ def _bits(values: np.ndarray) -> np.ndarray:
     return values.view(np.int16) if values.dtype.itemsize == 2 else values
 
 
+def quantize_weights_only(exported: ExportedModel, precision: Precision, options: OpenVINOOptions) -> None:
+    """A weight-only precision by NNCF, rounded to nearest: int8 with a scale a channel, or int4 in groups (with
+    embeddings and the last layer in int8). Nothing is calibrated."""
+    import nncf
+    from transformers.exporters import NNCFOpenVINOQuantizer, NNCFWeightCompressionConfig
+
+    if precision == "int4-weight-only":
+        advanced = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
+        mode, group_size = nncf.CompressWeightsMode.INT4_SYM, options.group_size
+        config = NNCFWeightCompressionConfig(mode=mode, group_size=group_size, advanced_parameters=advanced)
+    else:
+        config = NNCFWeightCompressionConfig(mode=nncf.CompressWeightsMode.INT8_SYM)
+    component = exported.components["model"]
+    with quiet_exporters(), _nncf_silent():
+        component.program = NNCFOpenVINOQuantizer(config).quantize(component.program, {}, "openvino")
+
+
+def quantize_to_floor(exported: ExportedModel, calibration: Sequence[Mapping[str, torch.Tensor]], floor: Floor) -> None:
+    """int8 by NNCF with accuracy control: what costs most is put back to float until the floor is held.
+
+    Operators are ranked by how far the outputs of the first calibration batches move when one is put back.
+    """
+    import nncf
+
+    component = exported.components["model"]
+    feeds = [{name: value.numpy() for name, value in batch.items()} for batch in calibration]
+    batches = nncf.Dataset(list(range(len(calibration))), lambda index: feeds[index])
+    ranked = list(calibration[:_RANKED_ON])
+    before = _run_of(_compiled(component.program))
+    expected = [before(batch) for batch in ranked]
+
+    def validate(compiled: Any, items: Any) -> tuple[float, list[float]]:
+        """The metric over everything; of single items, how near their outputs are to the float program's."""
+        run, indices = _run_of(compiled), list(items)
+        nearness = [_nearness(run(ranked[index]), expected[index]) for index in indices]
+        whole = len(indices) == len(ranked)
+        return (floor.measure(run) if whole else float(np.mean(nearness))), nearness
+
+    with quiet_exporters(), _nncf_silent():
+        component.program = nncf.quantize_with_accuracy_control(
+            component.program,
+            calibration_dataset=batches,
+            validation_dataset=nncf.Dataset(list(range(len(ranked)))),
+            validation_fn=validate,
+            max_drop=max(floor.measure(before) - floor.least, 0.0),
+            drop_type=nncf.DropType.ABSOLUTE,
+            subset_size=len(calibration),
+            model_type=nncf.ModelType.TRANSFORMER,
+            advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
+                ranking_subset_size=len(ranked)
+            ),
+        )
+
+
+def _compiled(model: Any) -> Any:
+    import openvino
+
+    return openvino.Core().compile_model(model, "CPU", COMPILE_PROPERTIES["fp32"])
+
+
+def _run_of(compiled: Any) -> Run:
+    """A compiled model as whatever else computes a batch's outputs."""
+    inputs, outputs = ([port.get_any_name() for port in ports] for ports in (compiled.inputs, compiled.outputs))
+
+    def run(batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        values = compiled({name: batch[name].numpy() for name in inputs})
+        return {name: values[name].astype("float32") for name in outputs}
+
+    return run
+
+
+def _nearness(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
+    """Minus the mean squared difference: more is nearer."""
+    return -float(np.mean([np.mean((found[name] - expected[name]) ** 2) for name in expected]))
+
+
 def quantize_int8(exported: ExportedModel, calibration: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Post-training int8 by NNCF, calibrated on real batches."""
     import nncf
@@ -129,35 +212,47 @@ def _nncf_silent() -> Iterator[None]:
 def read_weights(path: Path, module: nn.Module) -> Iterator[ProgramWeight]:
     """Every named weight of a written IR, as float32 in its parameter's layout, one at a time.
 
-    A quantised weight is `int8 constant -> Convert -> Multiply(scale)`; where NNCF smoothed the activations
-    (SmoothQuant, Xiao et al. 2023), the scale moved into the weight is taken out again.
+    A quantised weight is `integer constant -> Convert -> Multiply(scale)`, in groups with a Reshape after it; where
+    NNCF smoothed the activations (SmoothQuant, Xiao et al. 2023), the scale moved into the weight is taken out again.
     """
     import openvino
 
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     owners = {name.rpartition(".")[0]: name for name in parameters if name.endswith(".weight")}
+    input_first = {name for name, part in module.named_modules() if type(part).__name__ == "Conv1D"}  # GPT-2's
     model = openvino.Core().read_model(str(path))
     for operation in model.get_ordered_ops():
         name = operation.get_friendly_name()
         kind = operation.get_type_name()
         if kind in ("Constant", "Convert") and rows_of(name.removesuffix(TRANSPOSED))[0] in parameters:
-            values, step = _evaluate(operation)
-            yield ProgramWeight.of_constant(name, values, step)
+            if kind == "Convert" or operation.get_element_type().is_real():
+                values, step = _evaluate(operation)
+                yield ProgramWeight.of_constant(name, values, step)
         elif kind in ("MatMul", "Gather") and name in owners:
             weight = operation.input_value(1 if kind == "MatMul" else 0).get_node()
-            if weight.get_type_name() == "Multiply":
-                yield _quantised_weight(owners[name], operation, weight)
+            if _is_dequantised(weight):
+                values, step = _quantised_weight(operation, weight)
+                turned = kind == "MatMul" and name in input_first
+                yield ProgramWeight(owners[name], values.T if turned else values, step.T if turned else step)
 
 
-def _quantised_weight(name: str, operation: Any, weight: Any) -> ProgramWeight:
+def _is_dequantised(node: Any) -> bool:
+    while node.get_type_name() in ("Reshape", "Convert"):
+        node = node.input_value(0).get_node()
+    return str(node.get_type_name()) == "Multiply"
+
+
+def _quantised_weight(operation: Any, weight: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Values and steps, of a product as [outputs, inputs]."""
     values, step = _evaluate(weight)
+    step = np.broadcast_to(step, values.shape)
     if operation.get_type_name() == "MatMul":
         smoothing = _smoothing_of(operation.input_value(0).get_node())
         if not operation.get_attributes()["transpose_b"]:
-            values, step = values.T, np.broadcast_to(step, values.shape).T
+            values, step = values.T, step.T
         if smoothing is not None:
             values, step = values * smoothing, step * smoothing
-    return ProgramWeight(name, values, step)
+    return values, step
 
 
 def _smoothing_of(node: Any) -> np.ndarray | None:
@@ -173,19 +268,37 @@ def _evaluate(node: Any) -> tuple[np.ndarray, np.ndarray | float]:
     """A constant sub-graph's value as float32, and the rounding that its storage explains."""
     kind = node.get_type_name()
     if kind == "Constant":
-        values = np.asarray(node.data)
-        real = values.astype(np.float32)
-        if values.dtype == np.float16:
-            return real, np.abs(real) * 2.0**-11 + 2.0**-24
-        return real, 0.5 if values.dtype in (np.int8, np.uint8) else 0.0
+        return _stored(node)
     inputs = [_evaluate(port.get_source_output().get_node()) for port in node.inputs()]
     if kind == "Convert":
         return inputs[0]
     if kind == "Multiply":
-        return inputs[0][0] * inputs[1][0], np.abs(inputs[0][1] * inputs[1][0])
+        (values, step), (scale, scale_step) = inputs
+        return values * scale, np.abs(step * scale) + np.abs(values * scale_step)
     if kind == "Subtract":
         return inputs[0][0] - inputs[1][0], inputs[0][1]
+    if kind == "Reshape":
+        values, step = inputs[0]
+        shape = [int(size) for size in inputs[1][0]]
+        return values.reshape(shape), np.broadcast_to(step, values.shape).reshape(shape)
     raise InputError(f"The weight {node.get_friendly_name()} is stored in a way that cannot be audited ({kind}).")
+
+
+def _stored(constant: Any) -> tuple[np.ndarray, np.ndarray | float]:
+    values, kind = np.asarray(constant.data), constant.get_element_type().get_type_name()
+    if kind in ("i4", "u4"):
+        packed = values.view(np.uint8).reshape(-1)
+        halves = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(-1)  # the lower half of a byte comes first
+        shape = list(constant.get_output_shape(0))
+        integers = halves[: int(np.prod(shape))].reshape(shape).astype(np.float32)
+        integers = np.where(integers > 7, integers - 16, integers) if kind == "i4" else integers
+        return integers, rounding_of(integers, 7 if kind == "i4" else 15)
+    real = values.astype(np.float32)
+    if values.dtype == np.float16:
+        return real, np.abs(real) * 2.0**-11 + 2.0**-24
+    if values.dtype in (np.int8, np.uint8):
+        return real, rounding_of(real, np.iinfo(values.dtype).max)
+    return real, 0.0
 
 
 def tensor_specs(ports: Sequence[Any]) -> list[TensorSpec]:

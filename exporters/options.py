@@ -21,7 +21,7 @@ class BackendOptions(BaseModel):
 class OnnxOptions(BackendOptions):
     """Options of `--backend onnx`."""
 
-    opset: int = Field(20, ge=18, le=23, description="ONNX opset of the graph; 21 at least for int4-weight-only.")
+    opset: int = Field(20, ge=18, le=23, description="ONNX opset of the graph.")
     fusions: bool = Field(
         False,
         description="Fuse attention, norms and activations into ONNX Runtime's own operators (no other runtime reads "

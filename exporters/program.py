@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from ..models.batching import Run
 from .artifact import SparseLayer, TensorSpec
 from .parameter_names import TRANSPOSED, rows_of
 
@@ -36,6 +37,22 @@ class ProgramWeight:
             name, rows = rows_of(name)
             return cls(name, values, step, rows)
         return cls(name.removesuffix(TRANSPOSED), values.T, step.T if isinstance(step, np.ndarray) else step)
+
+
+def rounding_of(integers: np.ndarray, top: int) -> np.ndarray:
+    """How far rounding to these integers may have moved a weight, in steps: half of one, and a whole one at the top,
+    since a symmetric range has no opposite of its lowest integer and is cut there."""
+    return np.where(integers == top, np.float32(1.0), np.float32(0.5))
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The quality that a program must keep."""
+
+    metric: str
+    least: float
+    measure: Callable[[Run], float]
+    """The metric of whatever computes a batch's outputs. More is better: of a perplexity it is the negative."""
 
 
 @dataclass(frozen=True)

@@ -65,5 +65,7 @@ class ExportSettings(BaseModel):
     shapes: ShapeRange = ShapeRange()
     calibration_samples: int = Field(300, ge=1)
     """Rows that an int8 or fp8 export is calibrated on."""
+    floor: float | None = Field(None, gt=0, le=1)
+    """Share of the checkpoint's own quality that the program keeps, or it is not written."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The backend's own, checked by its `Backend.options`; `limbeck backends NAME` lists them."""

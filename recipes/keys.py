@@ -44,7 +44,9 @@ class Keys:
         calibration = self.data(data.calibration or data.train)
         for export in recipe.exports:
             settings = export.model_dump(exclude={"name", "start", "baseline"})
-            keys[export.name] = sha256_of_json([keys[export.start], settings, calibration, data.columns])
+            parts = [keys[export.start], settings, calibration, data.columns]
+            chosen_on = [self.data(data.development or "")] if export.measures_quality else []
+            keys[export.name] = sha256_of_json([*parts, *chosen_on])
         artifacts = {export.name: keys[export.name] for export in recipe.exports}
         measured = [artifacts, self.data(data.validation), recipe.bench.model_dump(), data.columns]
         keys["measurement"] = sha256_of_json(measured)

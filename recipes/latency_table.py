@@ -136,7 +136,7 @@ class SideBySide:
         model would say nothing."""
         self.progress.say(f"compiling {name}")
         folder = Path(scratch) / name.replace(" ", "-")
-        manifest = export(checkpoint, self.target.export, folder, calibration=self._calibration)
+        manifest = export(checkpoint, self.target.export, folder, calibration=self._calibration, beside_float=False)
         if manifest.is_kit:
             kit, folder = folder, folder.with_name(f"{folder.name}-built")
             build(kit, folder)

@@ -91,7 +91,14 @@ def measured_costs(
     with TemporaryDirectory(prefix="limbeck-plan-") as folder:
         target = Path(folder) / wanted.name
         settings = settings.model_copy(update={"calibration_samples": rows})
-        manifest = export(subject.checkpoint, settings, target, calibration=subject.calibration, progress=progress)
+        manifest = export(
+            subject.checkpoint,
+            settings,
+            target,
+            calibration=subject.calibration,
+            beside_float=False,
+            progress=progress,
+        )
         costs = {"size_mb": artifact_size(target) / 1e6}
         if not manifest.is_kit and set(metrics) - {"size_mb", "parameters"}:
             costs |= _timed(recipe, subject.teacher, wanted.name, target, progress)

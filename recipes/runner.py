@@ -91,6 +91,8 @@ class RecipeRun:
         for export in self.recipe.exports:
             if not folders[export.name].exists():
                 backend_for(export.settings())
+                if export.measures_quality:
+                    self._refuse_shared_rows()
         to_do = [stage for stage in self.recipe.stages if not folders[stage.name].exists()]
         if not to_do:
             return
@@ -243,14 +245,18 @@ class RecipeRun:
         return {name: value for name, value in found.items() if name in cycle.until.limits()}
 
     def _export(self, export: Export, folders: Mapping[str, Path], folder: Path) -> None:
+        from .precision_choice import export_fastest
         from .steps import export as export_checkpoint
 
         checkpoint, data = self._checkpoint(export.start, folders), self.recipe.data
-        export_checkpoint(
+        development = self._data(data.development) if export.measures_quality and data.development else None
+        verb = export_fastest if export.precision == "auto" else export_checkpoint
+        verb(
             checkpoint,
             export.settings(),
             folder,
             calibration=self._data(data.calibration or data.train),
+            validation=development,
             progress=self.progress,
         )
 

@@ -156,7 +156,11 @@ class Export(_Part):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     start: str
     backend: str
-    precision: Precision = "fp32"
+    precision: Precision | Literal["auto"] = "fp32"
+    """`auto`: the fastest here that keeps `floor` (0.99 where not given) of the checkpoint's quality on
+    `data.development`."""
+    floor: float | None = Field(None, gt=0, le=1)
+    """Share of the checkpoint's own quality on `data.development` that the program keeps."""
     sparsity: Literal["2:4"] | None = None
     shapes: ShapeRange = ShapeRange()
     calibration_samples: int = Field(300, ge=1)
@@ -165,8 +169,14 @@ class Export(_Part):
     baseline: bool = False
 
     def settings(self) -> ExportSettings:
-        """What the exporter is asked for."""
-        return ExportSettings(**self.model_dump(exclude={"name", "start", "baseline"}))
+        """What the exporter is asked for; float32 stands for a precision that is yet to be found."""
+        values = self.model_dump(exclude={"name", "start", "baseline"})
+        return ExportSettings(**{**values, "precision": "fp32" if self.precision == "auto" else self.precision})
+
+    @property
+    def measures_quality(self) -> bool:
+        """Whether it is chosen or refused by its quality."""
+        return self.precision == "auto" or self.floor is not None
 
 
 class Constraints(_Part):
@@ -275,6 +285,12 @@ class Recipe(_Part):
             if (what := stage.needs_development) and self.data.development is None:
                 raise ValueError(
                     f"the stage {stage.name} {what}, so it needs data.development, rows of its own: {_WHY_DEVELOPMENT}"
+                )
+        for export in self.exports:
+            if export.measures_quality and self.data.development is None:
+                raise ValueError(
+                    f"the export {export.name} is held to a floor, so it needs data.development, rows of its own: "
+                    f"{_WHY_DEVELOPMENT}"
                 )
         if self.data.development is not None and self.data.development == self.data.validation:
             raise ValueError(f"data.development is data.validation: {_WHY_DEVELOPMENT}")

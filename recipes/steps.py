@@ -10,8 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ..backends.base import ExportJob
-from ..backends.registry import backend_for, backend_of_format, get_backend, load_runner
+from ..backends.registry import backend_of_format, load_runner
 from ..distill.callbacks import Modification
 from ..distill.distillation import Surroundings
 from ..distill.distillation import distill as train_student
@@ -19,13 +18,9 @@ from ..distill.settings import DistillSettings
 from ..distill.student import draw_student
 from ..distill.trainer import Evaluation
 from ..environment import facts
-from ..errors import ExportMismatch, UsageError, did_you_mean
-from ..exporters.artifact import CheckRecord, Manifest, open_artifact, read_manifest, seal
-from ..exporters.inputs import probe_batches, token_stream
-from ..exporters.program import ExportedProgram
-from ..exporters.settings import QUANTISED, ExportSettings
-from ..files import check_output_folder, files_below, read_json, staged_folder, write_json
-from ..models.batching import Batch, Examples, pad
+from ..errors import UsageError, did_you_mean
+from ..exporters.artifact import Manifest, open_artifact, read_manifest, seal
+from ..files import check_output_folder, read_json, staged_folder
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
 from ..models.lineage import TRAINING_ROWS_FILE
@@ -44,13 +39,14 @@ from ..validate.measurement import (
     set_standard,
     with_latency,
 )
-from ..validate.parity import check_parity
 from ..validate.quality import headline_metric, higher_is_better, score
 from ..validate.report import Candidate, Gate, Report
-from ..validate.weight_audit import audit_weights
+from .exporting import export
 from .progress import SILENT, Progress
 
-_NOT_AUDITED = "its weights were not compared with the checkpoint's, for the backend cannot read them back"
+__all__ = [
+    "bench", "build", "command_line", "distill", "evaluation_on", "export", "prune", "sparsification", "validate",
+]  # fmt: skip
 
 
 def distill(
@@ -130,117 +126,6 @@ def prune(
 
         return prune_to_budget(checkpoint, settings, data, rationale=rationale, progress=progress)
     return prune_checkpoint(checkpoint, settings, data, rationale, progress.advance)
-
-
-def calibration_batches(checkpoint: Checkpoint, data: Data | None, samples: int) -> list[Batch]:
-    """Real inputs, one row a batch (so that no padding distorts what an int8 range is set by)."""
-    if data is None:
-        return []
-    examples: Examples = checkpoint.task.examples(
-        data.head(samples), checkpoint.tokenizer, checkpoint.max_length, checkpoint.model.config
-    )
-    batches = (pad([feature], checkpoint.tokenizer) for feature in examples.features[:samples])
-    return [checkpoint.model_inputs(batch) for batch in batches]
-
-
-def export(
-    checkpoint: Checkpoint,
-    settings: ExportSettings,
-    out: Path,
-    *,
-    calibration: Data | None = None,
-    overwrite: bool = False,
-    progress: Progress = SILENT,
-) -> Manifest:
-    """Export a checkpoint to an artifact folder, checked before it appears: outputs at several shapes against torch,
-    and every weight against the checkpoint's.
-
-    Raises:
-        ExportMismatch: the program does not compute what the checkpoint computes; nothing is left at `out`.
-        UsageError: a precision or sparsity that the backend does not have, or an `out` that holds something.
-        BackendUnavailable: a package that the export needs is missing.
-    """
-    backend = backend_for(settings)
-    settings = _for_model(settings, checkpoint)
-    check_output_folder(out, overwrite)
-    batches = calibration_batches(checkpoint, calibration, settings.calibration_samples)
-    with staged_folder(out, overwrite) as folder:
-        program = backend.export(ExportJob(checkpoint, settings, batches, progress.say), folder)
-        # transformers' exporters write the configuration too; it goes with the model, not with the program.
-        program_files = [path.as_posix() for path in files_below(folder) if path.as_posix() != "config.json"]
-        checkpoint.model.config.save_pretrained(folder)
-        checkpoint.tokenizer.save_pretrained(folder)
-        if checkpoint.task.name == "sentence-similarity":
-            checkpoint.save_pooling(folder)
-        if checkpoint.training_rows:
-            write_json(folder / TRAINING_ROWS_FILE, dict(checkpoint.training_rows))
-        manifest = _manifest(checkpoint, settings, program)
-        checks = _check(checkpoint, settings, program, folder, manifest, batches, progress)
-        return seal(manifest.model_copy(update={"checks": checks, "program_files": program_files}), folder)
-
-
-def _for_model(settings: ExportSettings, checkpoint: Checkpoint) -> ExportSettings:
-    """The settings with sizes that the model has positions for."""
-    try:
-        return settings.model_copy(update={"shapes": settings.shapes.within(checkpoint.max_length)})
-    except ValueError as error:
-        raise UsageError(
-            f"The smallest sequence {settings.shapes.min_sequence} is longer than the {checkpoint.max_length} tokens "
-            f"that {checkpoint.source} has positions for."
-        ) from error
-
-
-def _manifest(checkpoint: Checkpoint, settings: ExportSettings, program: ExportedProgram) -> Manifest:
-    return Manifest(
-        format=program.format,
-        task=checkpoint.task.name,
-        settings=settings,
-        parent_hash=checkpoint.hash,
-        parent=checkpoint.source,
-        parameters=checkpoint.parameters,
-        inputs=program.inputs,
-        outputs=program.outputs,
-        max_length=checkpoint.max_length,
-        compile_properties=dict(program.compile_properties),
-        sparse_layers=program.sparse_layers,
-        evidence=dict(program.evidence),
-        unverified=program.unverified or (_NOT_AUDITED if program.weights is None else None),
-        is_kit=program.is_kit,
-        lineage=checkpoint.lineage,
-    )
-
-
-def _check(
-    checkpoint: Checkpoint,
-    settings: ExportSettings,
-    program: ExportedProgram,
-    folder: Path,
-    manifest: Manifest,
-    batches: Sequence[Batch],
-    progress: Progress,
-) -> list[CheckRecord]:
-    checks = []
-    if program.weights is not None:
-        progress.say("auditing the weights")
-        checks.append(audit_weights(checkpoint.module, program.weights, quantised=settings.precision in QUANTISED))
-    progress.say("comparing outputs with torch")
-    runner = get_backend(settings.backend).load(folder, manifest)
-    for name, wanted in program.compile_properties.items():
-        if (found := runner.properties.get(name, wanted)) != wanted:
-            progress.say(f"this machine's runtime compiles {name}={found} where {wanted} was asked for")
-    try:
-        probes = probe_batches(checkpoint, settings.shapes, token_stream(batches))
-        checks.insert(0, check_parity(runner, checkpoint.run, probes, settings.precision))
-    finally:
-        runner.close()
-    for check in checks:
-        if not check.passed:
-            raise ExportMismatch(
-                f"The exported {settings.backend} {settings.precision} program is not the model: "
-                f"{check.name}: {check.detail}.",
-                "Nothing was written. Try another --precision; if float32 fails too, please report it.",
-            )
-    return checks
 
 
 def build(kit: Path, out: Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Manifest:
@@ -323,7 +208,8 @@ def _training_rows(folder: Path) -> set[str]:
 
 
 def _notes(opened: dict[str, Manifest]) -> list[str]:
-    return [f"{name}: {manifest.unverified}." for name, manifest in opened.items() if manifest.unverified]
+    unverified = [f"{name}: {manifest.unverified}." for name, manifest in opened.items() if manifest.unverified]
+    return unverified + [f"{name}: {said}." for name, manifest in opened.items() for said in manifest.caveats]
 
 
 def _timed(

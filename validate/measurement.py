@@ -74,8 +74,24 @@ def score_checkpoint(checkpoint: Checkpoint, standard: Standard, batch_size: int
     examples = examples_for(standard.teacher, standard.data, checkpoint.tokenizer, checkpoint.max_length)
     checkpoint.module.eval()  # it may be in the middle of its training
     answers = predict(checkpoint.run, examples, checkpoint.task, checkpoint.tokenizer, batch_size=batch_size)
+    return _scores(answers, standard)
+
+
+def score_run(run: Run, standard: Standard) -> dict[str, float]:
+    """The same of whatever computes a batch's outputs, on the examples as the standard's tokenizer splits them.
+
+    Raises:
+        InputError: too few examples.
+    """
+    teacher = standard.teacher
+    examples = examples_for(teacher, standard.data, teacher.tokenizer, teacher.max_length)
+    answers = predict(run, examples, teacher.task, teacher.tokenizer)
+    return _scores(answers, standard)
+
+
+def _scores(answers: Predictions, standard: Standard) -> dict[str, float]:
     return score(
-        checkpoint.task.name,
+        standard.teacher.task.name,
         standard.predictions,
         answers,
         standard.references,

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from limbeck.backends.base import Runner
+from limbeck.backends.fitted import FittedRunner
+from limbeck.backends.registry import get_backend, load_runner
 from limbeck.errors import InputError, UsageError
 from limbeck.exporters.artifact import read_manifest
-from limbeck.exporters.inputs import dynamic_shapes, probe_batches, sample_inputs
+from limbeck.exporters.inputs import dynamic_shapes, probe_batch, probe_batches, sample_inputs
 from limbeck.exporters.settings import ExportSettings, ShapeRange
 from limbeck.models.checkpoint import load_checkpoint
-from limbeck.recipes.steps import export, load_runner
+from limbeck.recipes.steps import export
 
 TinyCheckpoint = Callable[..., Path]
 STATIC = ShapeRange(min_batch=2, max_batch=2, min_sequence=24, max_sequence=24)
@@ -56,7 +62,34 @@ def test_a_static_program_takes_its_size_and_says_so_of_others(
     assert {tuple(spec.shape) for spec in manifest.inputs} == {(2, 24)}
     assert [row["shape"] for row in manifest.checks[0].rows] == ["2 x 24", "2 x 24, padded"]
     assert read_manifest(tmp_path / "out").settings.shapes.max_sequence == 24
-    runner, _ = load_runner(tmp_path / "out", threads=1)
-    other = dict(sample_inputs(checkpoint, ShapeRange()))
-    with pytest.raises(InputError, match=r"does not take inputs of shape \(2, 16\)"):
-        runner(other)
+    other = probe_batch(checkpoint, 5, 16, padded=True)
+    bare = get_backend(backend).load(tmp_path / "out", manifest, threads=1)
+    with pytest.raises(InputError, match=r"does not take inputs of shape \(5, 16\)"):
+        bare(other)
+    fitted, _ = load_runner(tmp_path / "out", threads=1)
+    np.testing.assert_allclose(fitted(other)["logits"], checkpoint.run(other)["logits"], atol=1e-4)
+
+
+def test_a_batch_of_any_size_is_fitted(tiny_checkpoint: TinyCheckpoint) -> None:
+    """The model itself behind it: what is padded or split away must not show, of outputs per token either."""
+    checkpoint = load_checkpoint(tiny_checkpoint("llama", task="text-generation"))
+    taken: list[tuple[int, int]] = []
+
+    class Bare(Runner):
+        properties: ClassVar[dict[str, str]] = {}
+
+        def __call__(self, batch: Mapping[str, torch.Tensor]) -> Mapping[str, np.ndarray]:  # type: ignore[override]
+            taken.append(tuple(batch["input_ids"].shape))
+            return checkpoint.run(batch)
+
+        def prepare(self, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
+            raise NotImplementedError
+
+    shapes = ShapeRange(min_batch=2, max_batch=3, min_sequence=20, max_sequence=64)
+    for rows, tokens in ((7, 9), (1, 30), (3, 20)):
+        batch = probe_batch(checkpoint, rows, tokens, padded=True)
+        found, expected = FittedRunner(Bare(), shapes)(batch)["logits"], checkpoint.run(batch)["logits"]
+        assert found.shape == expected.shape
+        real = batch["attention_mask"].numpy().astype(bool)
+        np.testing.assert_allclose(found[real], expected[real], atol=1e-4)
+    assert taken == [(3, 20), (3, 20), (2, 20), (2, 30), (3, 20)]

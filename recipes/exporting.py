@@ -1,0 +1,219 @@
+"""Checkpoint -> artifact: exported, checked against torch, held to its floor and against its float32 twin's speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ..backends.base import ExportJob, Runner
+from ..backends.fitted import FittedRunner
+from ..backends.registry import backend_for, get_backend
+from ..errors import ExportMismatch, UsageError
+from ..exporters.artifact import CheckRecord, Manifest, seal
+from ..exporters.inputs import probe_batch, probe_batches, token_stream
+from ..exporters.program import ExportedProgram, Floor
+from ..exporters.settings import QUANTISED, ExportSettings
+from ..files import check_output_folder, files_below, staged_folder, write_json
+from ..models.batching import Batch, Examples, Run, pad
+from ..models.checkpoint import Checkpoint
+from ..models.data import Data
+from ..models.lineage import TRAINING_ROWS_FILE
+from ..validate.measurement import score_run, set_standard
+from ..validate.parity import check_parity
+from ..validate.quality import headline_metric, higher_is_better
+from ..validate.speed import medians_in_turn
+from ..validate.weight_audit import audit_weights
+from .progress import SILENT, Progress
+
+_NOT_AUDITED = "its weights were not compared with the checkpoint's, for the backend cannot read them back"
+_SLOWER = 1.02
+"""Times as long as float32: what is said to be slower is so by more than a clock's noise."""
+
+
+def calibration_batches(checkpoint: Checkpoint, data: Data | None, samples: int) -> list[Batch]:
+    """Real inputs, one row a batch (so that no padding distorts what an int8 range is set by)."""
+    if data is None:
+        return []
+    examples: Examples = checkpoint.task.examples(
+        data.head(samples), checkpoint.tokenizer, checkpoint.max_length, checkpoint.model.config
+    )
+    batches = (pad([feature], checkpoint.tokenizer) for feature in examples.features[:samples])
+    return [checkpoint.model_inputs(batch) for batch in batches]
+
+
+def export(
+    checkpoint: Checkpoint,
+    settings: ExportSettings,
+    out: Path,
+    *,
+    calibration: Data | None = None,
+    validation: Data | None = None,
+    beside_float: bool = True,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Manifest:
+    """Export a checkpoint to an artifact folder, checked before it appears: outputs at several shapes against torch,
+    every weight against the checkpoint's, and its quality against `settings.floor`. A quantised program that is slower
+    than its float32 twin says so in its manifest.
+
+    Args:
+        calibration: real inputs, for int8, fp8 and the check of float16's range.
+        validation: what quality is measured on; a floor needs it.
+        beside_float: whether a quantised program is timed beside its float32 twin.
+
+    Raises:
+        ExportMismatch: the program does not compute what the checkpoint computes, or falls below the floor; nothing is
+            left at `out`.
+        UsageError: a precision, sparsity or option that the backend does not have, a floor without `validation`, or an
+            `out` that holds something.
+        BackendUnavailable: a package that the export needs is missing.
+    """
+    backend = backend_for(settings)
+    settings = _for_model(settings, checkpoint)
+    check_output_folder(out, overwrite)
+    floor = _floor(checkpoint, validation, settings.floor, progress)
+    batches = calibration_batches(checkpoint, calibration, settings.calibration_samples)
+    with staged_folder(out, overwrite) as folder:
+        program = backend.export(ExportJob(checkpoint, settings, batches, floor, progress.say), folder)
+        # transformers' exporters write the configuration too; it goes with the model, not with the program.
+        program_files = [path.as_posix() for path in files_below(folder) if path.as_posix() != "config.json"]
+        _write_companions(checkpoint, folder)
+        manifest = _manifest(checkpoint, settings, program)
+        runner = backend.load(folder, manifest)
+        with closing(runner):
+            checks = _check(checkpoint, settings, program, runner, batches, progress)
+            checks += [_held(floor, FittedRunner(runner, settings.shapes), progress)] if floor is not None else []
+            _refuse_failed(checks, settings)
+            timed = beside_float and settings.precision in QUANTISED and not program.is_kit
+            caveats = _slower_than_float(checkpoint, settings, runner, progress) if timed else []
+        changes = {"checks": checks, "program_files": program_files, "caveats": caveats}
+        return seal(manifest.model_copy(update=changes), folder)
+
+
+def _for_model(settings: ExportSettings, checkpoint: Checkpoint) -> ExportSettings:
+    """The settings with sizes that the model has positions for."""
+    try:
+        return settings.model_copy(update={"shapes": settings.shapes.within(checkpoint.max_length)})
+    except ValueError as error:
+        raise UsageError(
+            f"The smallest sequence {settings.shapes.min_sequence} is longer than the {checkpoint.max_length} tokens "
+            f"that {checkpoint.source} has positions for."
+        ) from error
+
+
+def _floor(checkpoint: Checkpoint, data: Data | None, share: float | None, progress: Progress) -> Floor | None:
+    """The share of the checkpoint's own quality on the data as a figure of its headline metric."""
+    if share is None:
+        return None
+    if data is None:
+        raise UsageError("A floor of quality has to be measured on something.", "Add --validation FILE.")
+    progress.say("measuring the checkpoint")
+    standard = set_standard(checkpoint, data, progress=progress.advance)
+    own = score_run(checkpoint.run, standard)
+    metric = headline_metric(checkpoint.task.name, own)
+    better = higher_is_better(metric)
+
+    def measure(run: Run) -> float:
+        found = score_run(run, standard)[metric]
+        return found if better else -found
+
+    return Floor(metric, own[metric] * share if better else -own[metric] / share, measure)
+
+
+def _write_companions(checkpoint: Checkpoint, folder: Path) -> None:
+    """What goes with a program whatever the backend: configuration, tokenizer, pooling, hashes of the training rows."""
+    checkpoint.model.config.save_pretrained(folder)
+    checkpoint.tokenizer.save_pretrained(folder)
+    if checkpoint.task.name == "sentence-similarity":
+        checkpoint.save_pooling(folder)
+    if checkpoint.training_rows:
+        write_json(folder / TRAINING_ROWS_FILE, dict(checkpoint.training_rows))
+
+
+def _manifest(checkpoint: Checkpoint, settings: ExportSettings, program: ExportedProgram) -> Manifest:
+    return Manifest(
+        format=program.format,
+        task=checkpoint.task.name,
+        settings=settings,
+        parent_hash=checkpoint.hash,
+        parent=checkpoint.source,
+        parameters=checkpoint.parameters,
+        inputs=program.inputs,
+        outputs=program.outputs,
+        max_length=min(checkpoint.max_length, settings.shapes.max_sequence),
+        compile_properties=dict(program.compile_properties),
+        sparse_layers=program.sparse_layers,
+        evidence=dict(program.evidence),
+        unverified=program.unverified or (_NOT_AUDITED if program.weights is None else None),
+        is_kit=program.is_kit,
+        lineage=checkpoint.lineage,
+    )
+
+
+def _check(
+    checkpoint: Checkpoint,
+    settings: ExportSettings,
+    program: ExportedProgram,
+    runner: Runner,
+    batches: Sequence[Batch],
+    progress: Progress,
+) -> list[CheckRecord]:
+    for name, wanted in program.compile_properties.items():
+        if (found := runner.properties.get(name, wanted)) != wanted:
+            progress.say(f"this machine's runtime compiles {name}={found} where {wanted} was asked for")
+    progress.say("comparing outputs with torch")
+    probes = probe_batches(checkpoint, settings.shapes, token_stream(batches))
+    checks = [check_parity(runner, checkpoint.run, probes, settings.precision)]
+    if program.weights is not None:
+        progress.say("auditing the weights")
+        quantised = settings.precision in QUANTISED
+        checks.append(audit_weights(checkpoint.module, program.weights, quantised=quantised))
+    return checks
+
+
+def _held(floor: Floor, run: Run, progress: Progress) -> CheckRecord:
+    progress.say("measuring the program")
+    found = floor.measure(run)
+    said = f"{floor.metric} {abs(found):.4g} where the floor is {abs(floor.least):.4g}"
+    return CheckRecord(name="floor", passed=found >= floor.least, detail=said)
+
+
+def _refuse_failed(checks: Sequence[CheckRecord], settings: ExportSettings) -> None:
+    for check in checks:
+        if check.passed:
+            continue
+        if check.name == "floor":
+            raise ExportMismatch(
+                f"The exported {settings.backend} {settings.precision} program does not hold the floor: "
+                f"{check.detail}.",
+                "Nothing was written. Try another --precision, more or other --calibration text, or --precision auto.",
+            )
+        raise ExportMismatch(
+            f"The exported {settings.backend} {settings.precision} program is not the model: "
+            f"{check.name}: {check.detail}.",
+            "Nothing was written. Try another --precision; if float32 fails too, please report it.",
+        )
+
+
+def _slower_than_float(
+    checkpoint: Checkpoint, settings: ExportSettings, runner: Runner, progress: Progress
+) -> list[str]:
+    """What to say of a program that takes longer than float32 on this machine; nothing of another."""
+    progress.say("timing it beside float32")
+    twin_settings = settings.model_copy(update={"precision": "fp32"})
+    backend = get_backend(settings.backend)
+    shape = settings.shapes.opt_batch, settings.shapes.opt_sequence
+    batch = probe_batch(checkpoint, *shape)
+    with TemporaryDirectory(prefix="limbeck-") as folder:
+        program = backend.export(ExportJob(checkpoint, twin_settings), Path(folder))
+        checkpoint.model.config.save_pretrained(folder)
+        with closing(backend.load(Path(folder), _manifest(checkpoint, twin_settings, program))) as twin:
+            ours, theirs = medians_in_turn([runner.prepare(batch), twin.prepare(batch)])
+    if ours <= _SLOWER * theirs:
+        return []
+    return [
+        f"{settings.precision} takes {ours / theirs:.2g} times as long as fp32 on this machine "
+        f"({ours:.3g} ms for {theirs:.3g} ms at {shape[0]} x {shape[1]} tokens)"
+    ]

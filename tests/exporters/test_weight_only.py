@@ -1,0 +1,87 @@
+"""Weight-only precisions: what is stored shrinks, what is computed stays near, and every weight is found again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from limbeck.exporters.onnx import GRAPH_FILE, read_weights
+from limbeck.exporters.onnx_weight_only import quantize_weights, weights_of_matrices
+from limbeck.exporters.settings import ExportSettings, ShapeRange
+from limbeck.models.checkpoint import load_checkpoint
+from limbeck.recipes.steps import export
+from limbeck.validate.weight_audit import audit_weights
+
+TinyCheckpoint = Callable[..., Path]
+SMALL = ShapeRange(max_batch=8, opt_batch=2, max_sequence=32, opt_sequence=16)
+
+
+def settings_for(backend: str, precision: str) -> ExportSettings:
+    return ExportSettings.model_validate({"backend": backend, "precision": precision, "shapes": SMALL})
+
+
+@pytest.fixture(autouse=True)
+def small_tables_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("limbeck.exporters.onnx_weight_only._SMALLEST_TABLE", 1000)
+
+
+@pytest.mark.parametrize(
+    ("backend", "family", "task", "precision"),
+    [
+        ("onnx", "bert", "text-classification", "int8-weight-only"),
+        ("onnx", "gpt2", "text-generation", "int4-weight-only"),
+        ("onnx", "modernbert", "fill-mask", "int4-weight-only"),
+        ("openvino", "llama", "text-generation", "int4-weight-only"),
+        ("openvino", "mpnet", "sentence-similarity", "int8-weight-only"),
+    ],
+)
+def test_every_weight_is_found_again_within_its_rounding(
+    backend: str, family: str, task: str, precision: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint(family, task=task), task=task)
+    manifest = export(checkpoint, settings_for(backend, precision), tmp_path / "out")
+    assert [check.passed for check in manifest.checks] == [True, True]
+    whole = export(checkpoint, settings_for(backend, "fp32"), tmp_path / "whole")
+    weights = {"onnx": "model.onnx.data", "openvino": "openvino_model.bin"}[backend]
+    shrunk = (tmp_path / "out" / weights).stat().st_size / (tmp_path / "whole" / weights).stat().st_size
+    assert shrunk < (0.5 if precision == "int4-weight-only" else 0.6)
+    assert whole.parent_hash == manifest.parent_hash
+
+
+@pytest.mark.parametrize("precision", ["int8-weight-only", "int4-weight-only"])
+@pytest.mark.parametrize("part", ["embeddings.word_embeddings", "encoder.layer.1.output.dense"])
+def test_a_weight_that_is_not_the_checkpoints_is_found(
+    precision: str, part: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint("bert"))
+    export(checkpoint, settings_for("onnx", precision), tmp_path / "out")
+    weight = dict(checkpoint.model.named_parameters())[f"{part}.weight"]
+    with torch.no_grad():
+        weight[3] += 0.4 * weight.abs().max()
+    audit = audit_weights(checkpoint.module, read_weights(tmp_path / "out" / GRAPH_FILE), quantised=True)
+    assert not audit.passed and f"{part}.weight" in audit.detail
+
+
+@given(
+    rows=st.integers(1, 70), columns=st.integers(1, 9), bits=st.sampled_from([4, 8]), group=st.sampled_from([16, 32])
+)
+def test_matrices_of_any_size_come_back_within_a_step(rows: int, columns: int, bits: int, group: int) -> None:
+    values = np.random.default_rng(rows * 10 + columns).normal(size=(rows, columns)).astype(np.float32)
+    weight = onnx_ir.Value(name="part.weight.T", const_value=onnx_ir.tensor(values), shape=onnx_ir.Shape(values.shape))
+    weight.dtype = onnx_ir.DataType.FLOAT
+    given_ = onnx_ir.Value(name="x", shape=onnx_ir.Shape([None, rows]), type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT))
+    product = onnx_ir.node("MatMul", [given_, weight])
+    product.outputs[0].name, product.outputs[0].dtype = "y", onnx_ir.DataType.FLOAT
+    graph = onnx_ir.Graph(
+        [given_], product.outputs, nodes=[product], initializers=[weight], opset_imports={"": 20}, name="one"
+    )
+    (found,) = weights_of_matrices(quantize_weights(onnx_ir.Model(graph, ir_version=10), bits, group).graph)
+    assert found.name == "part.weight"
+    assert np.all(np.abs(found.values - values.T) <= np.asarray(found.step) + 1e-6)
