@@ -50,13 +50,14 @@ Examples:
 @click.option(
     "--option", "options", multiple=True, metavar="NAME=VALUE", help="Of the backend's own: limbeck backends NAME."
 )
+@click.option("--kit-only", is_flag=True, help="Write the build kit alone where the engine could be built at once.")
 @model_options
 @column_option
 @out_options
 @json_option
 def command(
     checkpoint: str, backend: str, precision: str | None, calibration: str | None, batch: str | None,
-    sequence: str | None, options: tuple[str, ...], task: str | None, trust_remote_code: bool,
+    sequence: str | None, options: tuple[str, ...], kit_only: bool, task: str | None, trust_remote_code: bool,
     columns: tuple[str, ...], out: str, overwrite: bool, as_json: bool, **settings: object,
 ) -> None:  # fmt: skip
     """Compile CHECKPOINT (a folder or hub id) into an artifact.
@@ -79,15 +80,19 @@ def command(
     with working() as progress:
         progress.say("loading")
         from ..models.checkpoint import load_checkpoint
-        from ..recipes.steps import export
+        from ..recipes.steps import export_for_device
 
         loaded = load_checkpoint(checkpoint, task, trust_remote_code)
         rows = loaded.read(calibration, pairs(columns, "--column")) if calibration else None
-        manifest = export(loaded, wanted, Path(out), calibration=rows, overwrite=overwrite, progress=progress)
+        manifest = export_for_device(
+            loaded, wanted, Path(out), calibration=rows, kit_only=kit_only, overwrite=overwrite, progress=progress
+        )
     if as_json:
         print_json(artifact_summary(manifest, Path(out)))
     for check in manifest.checks:
         done(f"{check.name}: {check.detail}.")
     if manifest.unverified:
         done(f"Unverified: {manifest.unverified}.")
+    if manifest.is_kit:
+        done(f"This is a kit, unverified on a GPU; on the machine that has one: limbeck build {out} --out ENGINE.")
     done(f"Artifact {manifest.artifact_id} ({backend}, {wanted.precision}) written to {out}.")

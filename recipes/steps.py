@@ -5,12 +5,13 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ..backends.base import ExportJob
+from ..backends.base import BuildJob, ExportJob
 from ..backends.registry import backend_for, backend_of_format, get_backend, load_runner
 from ..distill.callbacks import Modification
 from ..distill.distillation import Surroundings
@@ -243,8 +244,18 @@ def _check(
     return checks
 
 
-def build(kit: Path, out: Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Manifest:
+def build(
+    kit: Path,
+    out: Path,
+    *,
+    timing_cache: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Manifest:
     """Turn a kit into the program for this machine's device.
+
+    Args:
+        timing_cache: where the compiler keeps the times of its kernels; read where it is there, written afterwards.
 
     Raises:
         BackendUnavailable: the compiler or the device is not here.
@@ -257,9 +268,42 @@ def build(kit: Path, out: Path, *, overwrite: bool = False, progress: Progress =
         for name in set(manifest.files) - set(manifest.program_files):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(kit / name, folder / name)
-        evidence = backend.build(kit, manifest, folder, progress.say)
+        job = BuildJob(kit, manifest, timing_cache, progress.say, progress.advance)
+        evidence = backend.build(job, folder)
         changes = {"format": backend.built_format, "is_kit": False, "unverified": None, "program_files": []}
         return seal(manifest.model_copy(update={**changes, "evidence": {**manifest.evidence, **evidence}}), folder)
+
+
+def export_for_device(
+    checkpoint: Checkpoint,
+    settings: ExportSettings,
+    out: Path,
+    *,
+    calibration: Data | None = None,
+    kit_only: bool = False,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Manifest:
+    """Export, and build at once where that makes a kit whose compiler and device are on this machine.
+
+    Args:
+        kit_only: leave the kit as it is; it is built elsewhere.
+
+    Raises:
+        UsageError: `kit_only` with a backend that has no kits; and what `export` and `build` raise.
+    """
+    backend = get_backend(settings.backend)
+    if kit_only and not backend.built_format:
+        raise UsageError(f"The backend {backend.name} has no kits: nothing of it is built.", "Leave out --kit-only.")
+    if kit_only or not backend.built_format or not backend.probe().can_run:
+        return export(checkpoint, settings, out, calibration=calibration, overwrite=overwrite, progress=progress)
+    check_output_folder(out, overwrite)
+    parent = out.resolve().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{out.resolve().name}.kit-") as scratch:
+        kit = Path(scratch) / "kit"
+        export(checkpoint, settings, kit, calibration=calibration, progress=progress)
+        return build(kit, out, overwrite=overwrite, progress=progress)
 
 
 def validate(

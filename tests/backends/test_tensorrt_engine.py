@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from limbeck.backends.base import ExportJob
+from limbeck.backends.base import BuildJob, ExportJob
 from limbeck.backends.tensorrt import ENGINE, KIT, PLAN_NAME, TensorRTBackend, missing_for_engines
 from limbeck.environment import gpu_facts, is_importable
 from limbeck.errors import BackendUnavailable
@@ -48,7 +48,7 @@ def checkpoint(tiny_checkpoint: Callable[..., Path]) -> Checkpoint:
 def test_building_without_tensorrt_or_gpu_says_what_is_missing(checkpoint: Checkpoint, tmp_path: Path) -> None:
     known = manifest(checkpoint, ExportSettings(backend="tensorrt"), KIT)
     with pytest.raises(BackendUnavailable) as refused:
-        TensorRTBackend().build(tmp_path, known, tmp_path / "out", lambda _: None)
+        TensorRTBackend().build(BuildJob(tmp_path, known), tmp_path / "out")
     assert refused.value.exit_code == 3
     assert all(part in refused.value.message for part in MISSING)
     assert "pip install tensorrt" in str(refused.value.hint)
