@@ -74,7 +74,8 @@ def _hold(value: Any, array: np.ndarray, *, float8: bool = False) -> None:
     import onnx_ir
 
     stored = array.astype(ml_dtypes.float8_e4m3fn) if float8 else array
-    value.const_value = onnx_ir.Tensor(np.ascontiguousarray(stored), name=value.name)
+    # Not `ascontiguousarray`: it makes a scale of one number an axis of size 1, which ONNX reads as a scale a channel.
+    value.const_value = onnx_ir.Tensor(np.asarray(stored, order="C"), name=value.name)
     value.dtype = value.const_value.dtype
     value.shape = value.const_value.shape
 
