@@ -152,6 +152,11 @@ class Backend(ABC):
         """
         raise UsageError(f"An artifact of {self.name} needs no build: it runs as it was exported.")
 
+    def built_shapes(self, folder: Path) -> list[tuple[int, int]]:
+        """Batch and sequence at which a freshly built program is compared with the graph of its kit; where there is a
+        build."""
+        return []
+
     def compile_properties(self, manifest: Manifest) -> dict[str, str]:
         """What the manifest asks of the runtime.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..environment import gpu_facts, installed_version, is_importable
-from ..errors import BackendUnavailable
+from ..errors import BackendUnavailable, ExportMismatch
 from .base import Availability, Backend, BuildJob, ExportJob, Runner
 
 if TYPE_CHECKING:
@@ -123,6 +123,17 @@ class TensorRTBackend(Backend):
 
         return build_engine(job, folder / PLAN_NAME)
 
+    def built_shapes(self, folder: Path) -> list[tuple[int, int]]:
+        from ..exporters.build_plan import BuildPlan
+
+        shapes = []
+        for profile in BuildPlan.load(folder).profiles:
+            first = next(iter(profile.values()))
+            batch, sequence = first.min
+            # The kit's graph runs on the CPU: full batches would take it minutes.
+            shapes += [(batch, sequence), (batch, first.opt[1]), (batch, first.max[1])]
+        return list(dict.fromkeys(shapes))
+
 
 class KitRunner(Runner):
     """A kit's graph on ONNX Runtime's CPU: for checks of accuracy, never for speed. ONNX Runtime has no bfloat16 on the
@@ -175,12 +186,19 @@ def _float_range(job: ExportJob, program: Any) -> dict[str, Any]:
     """Measure and check every half tensor on the real batches, and on long random ones."""
     from ..exporters.float_range import FLOAT16_MAX, MARGIN, check_ranges, measure_ranges
     from ..exporters.inputs import longest, probe_batch
+    from ..exporters.settings import CALIBRATED
 
     job.progress("checking float16 ranges")
     top = longest(job.checkpoint, job.settings.shapes)
     random = [probe_batch(job.checkpoint, 4, top, padded=padded) for padded in (False, True)]
     ranges = measure_ranges(program, [*job.calibration, *random])
-    check_ranges(ranges)
+    try:
+        check_ranges(ranges)
+    except ExportMismatch as error:
+        if job.settings.precision not in CALIBRATED:
+            raise
+        hint = "Keep what is not quantised in float32: --option rest=fp32."
+        raise ExportMismatch(error.message, hint) from error
     return {
         "maximum": FLOAT16_MAX,
         "margin": MARGIN,

@@ -44,4 +44,6 @@ def command(kit: str, timing_cache: str | None, out: str, overwrite: bool, as_js
         manifest = build(existing(kit), Path(out), timing_cache=cache, overwrite=overwrite, progress=progress)
     if as_json:
         print_json(artifact_summary(manifest, Path(out)))
+    for check in manifest.checks:
+        done(f"{check.name}: {check.detail}.")
     done(f"Artifact {manifest.artifact_id} ({manifest.format}) written to {out}.")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ..backends.base import BuildJob, ExportJob
+from ..backends.base import BuildJob, ExportJob, Runner
 from ..backends.registry import backend_for, backend_of_format, get_backend, load_runner
 from ..distill.callbacks import Modification
 from ..distill.distillation import Surroundings
@@ -37,6 +37,7 @@ from ..prune.sparsify_settings import SparsifySettings
 from ..validate.gates import apply_gates
 from ..validate.latency import BenchResult, BenchSettings, BenchSubject
 from ..validate.latency import bench as time_side_by_side
+from ..validate.latency_worker import random_ids, vocabulary_of
 from ..validate.measurement import (
     check_overlap,
     describe_teacher,
@@ -260,6 +261,7 @@ def build(
     Raises:
         BackendUnavailable: the compiler or the device is not here.
         IntegrityError: the kit is not as it was exported.
+        ExportMismatch: what was built does not compute what the kit computes; nothing is left at `out`.
     """
     manifest = open_artifact(kit)
     check_output_folder(out, overwrite)
@@ -271,7 +273,37 @@ def build(
         job = BuildJob(kit, manifest, timing_cache, progress.say, progress.advance)
         evidence = backend.build(job, folder)
         changes = {"format": backend.built_format, "is_kit": False, "unverified": None, "program_files": []}
-        return seal(manifest.model_copy(update={**changes, "evidence": {**manifest.evidence, **evidence}}), folder)
+        built = manifest.model_copy(update={**changes, "evidence": {**manifest.evidence, **evidence}})
+        progress.say("comparing outputs with the kit's")
+        check = check_built(backend.load(folder, built), backend.load(kit, manifest), built, folder)
+        return seal(built.model_copy(update={"checks": [*built.checks, check]}), folder)
+
+
+def check_built(program: Runner, kit: Runner, built: Manifest, folder: Path) -> CheckRecord:
+    """Compare what was built with the graph it was built of, which was compared with the checkpoint at its export.
+
+    Args:
+        folder: of the built program; its tokenizer's and model's files are there, its manifest need not be.
+
+    Raises:
+        ExportMismatch: outputs differ by more than the precision explains.
+    """
+    vocabulary = vocabulary_of(read_json(folder / "config.json"), folder)
+    names = [spec.name for spec in built.inputs]
+    shapes = backend_of_format(built.format).built_shapes(folder)
+    probes = ((f"{shape[0]} x {shape[1]}", random_ids(names, vocabulary, shape, seed=0)) for shape in shapes)
+    try:
+        check = check_parity(program, kit, probes, built.settings.precision)
+    finally:
+        program.close()
+        kit.close()
+    check = check.model_copy(update={"name": "parity with the kit"})
+    if not check.passed:
+        raise ExportMismatch(
+            f"The built {built.format} does not compute what its kit computes: {check.detail}.",
+            "Nothing was written. Build it with another version of the compiler, or export at another --precision.",
+        )
+    return check
 
 
 def export_for_device(

@@ -202,6 +202,9 @@ def test_a_model_that_leaves_float16s_range_is_refused(tiny_checkpoint: Callable
         export(checkpoint, tmp_path / "kit")
     assert "bf16" in str(refused.value.hint)
     assert export(checkpoint, tmp_path / "bf16", precision="bf16").program.outputs[0].dtype == "float"
+    with pytest.raises(ExportMismatch, match="overflows float16") as refused:
+        export(checkpoint, tmp_path / "int8", precision="int8")
+    assert "rest=fp32" in str(refused.value.hint)
 
 
 def test_a_bf16_kit_runs_as_its_float32_twin(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
