@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import BackendUnavailable, InputError
 from ..exporters.build_plan import PLAN_FILE, BuildPlan, Profile
 from .base import BuildJob
-from .tensorrt_device import BUILT_ON, here
+from .tensorrt_device import BUILT_ON, here, require_precision
 from .tensorrt_log import captured_log, first_error, layer_evidence, sparsity_of
 
 LOG_FILE = "build.log"
@@ -37,9 +37,11 @@ def build_engine(job: BuildJob, engine_file: Path) -> dict[str, Any]:
 
     Raises:
         InputError: TensorRT cannot build the graph; its last error is in the message.
+        BackendUnavailable: a precision that this GPU does not have.
     """
     folder, lines = engine_file.parent, list[str]()
-    plan = BuildPlan.load(job.kit)
+    plan, device = BuildPlan.load(job.kit), here()
+    require_precision(plan, device)
     job.progress("building the engine (this can take minutes)")
     try:
         with captured_log(lines):
@@ -50,7 +52,7 @@ def build_engine(job: BuildJob, engine_file: Path) -> dict[str, Any]:
     shutil.copyfile(job.kit / PLAN_FILE, folder / PLAN_FILE)
     sparse = "SPARSE_WEIGHTS" in plan.flags
     return {
-        BUILT_ON: here().model_dump(),
+        BUILT_ON: device.model_dump(),
         **layer_evidence(layers),
         "sparsity": sparsity_of(lines),
         "warnings": [line.strip() for line in lines if line.lstrip().startswith("[W]")],

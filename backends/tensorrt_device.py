@@ -14,6 +14,8 @@ from ..exporters.build_plan import BuildPlan
 BUILT_ON = "built on"
 """Key of a `Device` in an engine's evidence."""
 _AMPERE = 8
+_FLOAT8 = [8, 9]
+"""Compute capability of Ada; Jetson Orin's 8.7 has no float8."""
 
 
 class Device(BaseModel):
@@ -66,6 +68,19 @@ def require_same_device(folder: Path, manifest: Manifest, plan: BuildPlan, now: 
             f"The engine {folder} was built on a {built}; here is a {now}.",
             "Build it here from its kit: limbeck build KIT --out DIR. A kit that was exported with --option "
             "hardware_compatibility=... or version_compatible=true makes an engine that others can run too.",
+        )
+
+
+def require_precision(plan: BuildPlan, now: Device) -> None:
+    """Refuse a kit whose types the GPU does not multiply, before minutes go into its build.
+
+    Raises:
+        BackendUnavailable: an fp8 kit on a GPU without float8.
+    """
+    if plan.precision == "fp8" and _numbers(now.compute_capability) < _FLOAT8:
+        raise BackendUnavailable(
+            f"fp8 needs a GPU of compute capability 8.9 or more; here is a {now}.",
+            "Export at --precision int8 or fp16.",
         )
 
 

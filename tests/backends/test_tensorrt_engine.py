@@ -14,7 +14,7 @@ import torch
 from limbeck.backends.base import BuildJob, ExportJob
 from limbeck.backends.tensorrt import ENGINE, KIT, PLAN_NAME, TensorRTBackend, missing_for_engines
 from limbeck.backends.tensorrt_build import CALLS, ROUNDS, batch_of, in_turn
-from limbeck.backends.tensorrt_device import BUILT_ON, Device, require_same_device
+from limbeck.backends.tensorrt_device import BUILT_ON, Device, require_precision, require_same_device
 from limbeck.backends.tensorrt_engine import InputRange, choose_profile
 from limbeck.backends.tensorrt_log import layer_evidence
 from limbeck.environment import gpu_facts, is_importable
@@ -143,6 +143,19 @@ def test_an_engine_that_does_not_say_where_it_was_built_is_bad_input(
     known = manifest(checkpoint, ExportSettings(backend="tensorrt"), ENGINE).model_copy(update={"evidence": evidence})
     with pytest.raises(InputError, match="does not say on which GPU"):
         require_same_device(Path("engine"), known, plan(), device())
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "able"),
+    [("fp8", "8.6", False), ("fp8", "8.9", True), ("fp8", "10.0", True), ("int8", "7.5", True)],
+)
+def test_float8_is_built_on_gpus_that_have_it(precision: Precision, capability: str, able: bool) -> None:
+    wanted = plan().model_copy(update={"precision": precision})
+    if able:
+        require_precision(wanted, device(compute_capability=capability))
+        return
+    with pytest.raises(BackendUnavailable, match=r"fp8 .* 8\.9 .* NVIDIA H100"):
+        require_precision(wanted, device(compute_capability=capability))
 
 
 PROFILES = [
