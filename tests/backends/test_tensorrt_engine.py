@@ -17,6 +17,7 @@ from limbeck.backends.tensorrt_build import CALLS, ROUNDS, batch_of, in_turn
 from limbeck.backends.tensorrt_device import BUILT_ON, Device, require_precision, require_same_device
 from limbeck.backends.tensorrt_engine import InputRange, choose_profile
 from limbeck.backends.tensorrt_log import layer_evidence
+from limbeck.cli.main import _run
 from limbeck.environment import gpu_facts, is_importable
 from limbeck.errors import BackendUnavailable, ExportMismatch, InputError, UsageError
 from limbeck.exporters.artifact import Manifest
@@ -74,6 +75,15 @@ def test_loading_an_engine_without_tensorrt_or_gpu_says_what_is_missing(checkpoi
     known = manifest(checkpoint, ExportSettings(backend="tensorrt"), ENGINE)
     with pytest.raises(BackendUnavailable, match="cannot run here"):
         TensorRTBackend().load(tmp_path, known)
+
+
+@pytest.mark.parametrize("cache", ["missing/times", "."])
+def test_a_timing_cache_must_be_a_file_in_a_folder_that_exists(
+    tmp_path: Path, cache: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["build", tmp_path / "kit", "--timing-cache", tmp_path / cache, "--out", tmp_path / "engine"]
+    assert _run([str(word) for word in words]) == 2
+    assert "--timing-cache" in capsys.readouterr().err
 
 
 @without_engines
