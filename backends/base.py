@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # `limbeck backends` probes without loading torch
 
 Progress = Callable[[str], None]
 """Told in a few words what is being done now."""
+Advance = Callable[[int, int], None]
+"""Told how many steps of how many are done, of what was said last."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,19 @@ class ExportJob:
     floor: Floor | None = None
     """What a backend with accuracy control heeds while it quantises; every program is held to it afterwards."""
     progress: Progress = lambda _: None
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """What a build starts from."""
+
+    kit: Path
+    """The kit's folder, its files verified."""
+    manifest: Manifest
+    timing_cache: Path | None = None
+    """Where the compiler keeps the times of its kernels from one build to the next; read where there, written after."""
+    progress: Progress = lambda _: None
+    advance: Advance = lambda _, __: None
 
 
 class Runner(ABC):
@@ -130,14 +145,19 @@ class Backend(ABC):
             BackendUnavailable: the runtime or the device is not here.
         """
 
-    def build(self, kit: Path, manifest: Manifest, folder: Path, progress: Progress) -> dict[str, Any]:
-        """Turn a kit into the built program's files in `folder`, on the device it will run on; returns evidence for
-        the manifest (what the compiler chose and said).
+    def build(self, job: BuildJob, folder: Path) -> dict[str, Any]:
+        """Turn a kit into the built program's files in an empty folder, on the device it will run on; returns evidence
+        for the manifest (what the compiler chose and said).
 
         Raises:
             BackendUnavailable: this backend needs no build, or the device or compiler is not here.
         """
         raise UsageError(f"An artifact of {self.name} needs no build: it runs as it was exported.")
+
+    def built_shapes(self, folder: Path) -> list[tuple[int, int]]:
+        """Batch and sequence at which a freshly built program is compared with the graph of its kit; where there is a
+        build."""
+        return []
 
     def compile_properties(self, manifest: Manifest) -> dict[str, str]:
         """What the manifest asks of the runtime.

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..environment import gpu_facts, installed_version, is_importable
-from ..errors import BackendUnavailable
-from .base import Availability, Backend, ExportJob, Progress, Runner
+from ..errors import BackendUnavailable, ExportMismatch
+from .base import Availability, Backend, BuildJob, ExportJob, Runner
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from ..exporters.artifact import Manifest
+    from ..exporters.options import TensorRTOptions
     from ..exporters.program import ExportedProgram
 
 KIT, ENGINE = "tensorrt", "tensorrt-engine"
@@ -34,11 +35,17 @@ class TensorRTBackend(Backend):
 
     name = "tensorrt"
     summary = "TensorRT: a build kit anywhere, an engine where a GPU is"
-    precisions = ("fp32", "fp16", "bf16", "int8")
+    precisions = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")
     default_precision = "fp16"
     formats = (KIT, ENGINE)
     sparsities = ("2:4",)
     built_format = ENGINE
+
+    @classmethod
+    def options(cls) -> type[TensorRTOptions]:
+        from ..exporters.options import TensorRTOptions
+
+        return TensorRTOptions
 
     def probe(self) -> Availability:
         missing = [module for module in ("onnx", "onnxscript", "onnxruntime") if not is_importable(module)]
@@ -53,32 +60,38 @@ class TensorRTBackend(Backend):
 
     def export(self, job: ExportJob, folder: Path) -> ExportedProgram:
         from ..exporters import onnx, tensorrt
-        from ..exporters.build_plan import BuildPlan
+        from ..exporters.build_plan import BuildPlan, profile_shapes
+        from ..exporters.options import checked_options
         from ..exporters.program import ExportedProgram
+        from ..exporters.settings import CALIBRATED
         from ..exporters.sparsity import require_pattern, sparsity_evidence
 
-        settings = job.settings
+        options = checked_options(self.options(), job.settings.options, self.name)
+        shapes = job.settings.shapes.within(job.checkpoint.max_length)
+        settings = job.settings.model_copy(update={"shapes": shapes})
+        profile_shapes(shapes, options)  # refuses what is out of range before minutes go into the graph
         job.progress("tracing the graph")
-        exported = tensorrt.export_graph(job.checkpoint, settings, job.calibration)
+        exported = tensorrt.export_graph(job.checkpoint, settings, options.rest, job.calibration)
         exported.save_pretrained(folder)
         sparse_layers = sparsity_evidence(folder / onnx.GRAPH_FILE, tensorrt.prunable_modules(job.checkpoint))
         if settings.sparsity is not None:
             require_pattern(sparse_layers, job.checkpoint.source)
-        evidence: dict[str, Any] = {}
-        if settings.precision == "fp16":
-            evidence["float16 range"] = _float_range(job, exported.program)
+        rest = options.rest if settings.precision in CALIBRATED else settings.precision
         inputs = onnx.tensor_specs(exported.program.graph.inputs)
-        shapes = settings.shapes.within(job.checkpoint.max_length)
-        plan = BuildPlan.of(settings.model_copy(update={"shapes": shapes}), [spec.name for spec in inputs], onnx.OPSET)
+        plan = BuildPlan.of(settings, options, [spec.name for spec in inputs], onnx.OPSET)
         plan.save(folder)
         return ExportedProgram(
             format=KIT,
             inputs=inputs,
             outputs=onnx.tensor_specs(exported.program.graph.outputs),
             weights=onnx.read_weights(folder / onnx.GRAPH_FILE),
-            compile_properties={"flags": ", ".join(plan.flags), "strongly typed": "yes"},
+            compile_properties={
+                "flags": ", ".join(plan.flags),
+                "strongly typed": "yes",
+                **({"where not quantised": rest} if settings.precision in CALIBRATED else {}),
+            },
             sparse_layers=sparse_layers,
-            evidence=evidence,
+            evidence={"float16 range": _float_range(job, exported.program)} if rest == "fp16" else {},
             unverified="never built or run on a GPU",
             is_kit=True,
         )
@@ -91,20 +104,35 @@ class TensorRTBackend(Backend):
             raise BackendUnavailable(
                 f"{folder} is a TensorRT engine, which cannot run here: {'; '.join(lacking)}.", _mend(lacking)
             )
+        from ..exporters.build_plan import BuildPlan
+        from .tensorrt_device import here, require_same_device
+
+        plan = BuildPlan.load(folder)
+        require_same_device(folder, manifest, plan, here())
         from .tensorrt_engine import EngineRunner
 
-        return EngineRunner(folder / PLAN_NAME)
+        return EngineRunner(folder / PLAN_NAME, cuda_graphs=plan.cuda_graphs)
 
-    def build(self, kit: Path, manifest: Manifest, folder: Path, progress: Progress) -> dict[str, Any]:
+    def build(self, job: BuildJob, folder: Path) -> dict[str, Any]:
         lacking = missing_for_engines()
         if lacking:
             raise BackendUnavailable(
-                f"The kit {kit} cannot be built into an engine here: {'; '.join(lacking)}.", _mend(lacking)
+                f"The kit {job.kit} cannot be built into an engine here: {'; '.join(lacking)}.", _mend(lacking)
             )
-        from ..exporters.build_plan import BuildPlan
         from .tensorrt_build import build_engine
 
-        return build_engine(kit, BuildPlan.load(kit), folder / PLAN_NAME, progress)
+        return build_engine(job, folder / PLAN_NAME)
+
+    def built_shapes(self, folder: Path) -> list[tuple[int, int]]:
+        from ..exporters.build_plan import BuildPlan
+
+        shapes = []
+        for profile in BuildPlan.load(folder).profiles:
+            first = next(iter(profile.values()))
+            batch, sequence = first.min
+            # The kit's graph runs on the CPU: full batches would take it minutes.
+            shapes += [(batch, sequence), (batch, first.opt[1]), (batch, first.max[1])]
+        return list(dict.fromkeys(shapes))
 
 
 class KitRunner(Runner):
@@ -125,7 +153,11 @@ class KitRunner(Runner):
                 self._runner = OnnxRunner(write_graph(twin, Path(scratch)), threads)
         else:
             self._runner = OnnxRunner(folder / GRAPH_FILE, threads)
-        arithmetic = {"bf16": "float32 with bfloat16 weights", "fp16": "float16 through float32"}
+        arithmetic = {
+            "bf16": "float32 with bfloat16 weights",
+            "fp16": "float16 through float32",
+            "tf32": "float32: a GPU rounds what it multiplies to 11 bits",
+        }
         self.properties = {
             **self._runner.properties,
             "stands in for": "a TensorRT engine that was not built: the kit's graph, on the CPU",
@@ -154,12 +186,19 @@ def _float_range(job: ExportJob, program: Any) -> dict[str, Any]:
     """Measure and check every half tensor on the real batches, and on long random ones."""
     from ..exporters.float_range import FLOAT16_MAX, MARGIN, check_ranges, measure_ranges
     from ..exporters.inputs import longest, probe_batch
+    from ..exporters.settings import CALIBRATED
 
     job.progress("checking float16 ranges")
     top = longest(job.checkpoint, job.settings.shapes)
     random = [probe_batch(job.checkpoint, 4, top, padded=padded) for padded in (False, True)]
     ranges = measure_ranges(program, [*job.calibration, *random])
-    check_ranges(ranges)
+    try:
+        check_ranges(ranges)
+    except ExportMismatch as error:
+        if job.settings.precision not in CALIBRATED:
+            raise
+        hint = "Keep what is not quantised in float32: --option rest=fp32."
+        raise ExportMismatch(error.message, hint) from error
     return {
         "maximum": FLOAT16_MAX,
         "margin": MARGIN,

@@ -58,14 +58,15 @@ Examples:
 @click.option(
     "--option", "options", multiple=True, metavar="NAME=VALUE", help="Of the backend's own: limbeck backends NAME."
 )
+@click.option("--kit-only", is_flag=True, help="Write the build kit alone where the engine could be built at once.")
 @model_options
 @column_option
 @out_options
 @json_option
 def command(
     checkpoint: str, backend: str, precision: str | None, calibration: str | None, validation: str | None,
-    batch: str | None, sequence: str | None, options: tuple[str, ...], task: str | None, trust_remote_code: bool,
-    columns: tuple[str, ...], out: str, overwrite: bool, as_json: bool, **settings: object,
+    batch: str | None, sequence: str | None, options: tuple[str, ...], kit_only: bool, task: str | None,
+    trust_remote_code: bool, columns: tuple[str, ...], out: str, overwrite: bool, as_json: bool, **settings: object,
 ) -> None:  # fmt: skip
     """Compile CHECKPOINT (a folder or hub id) into an artifact.
 
@@ -90,7 +91,7 @@ def command(
         progress.say("loading")
         from ..models.checkpoint import load_checkpoint
         from ..recipes.precision_choice import export_fastest
-        from ..recipes.steps import export
+        from ..recipes.steps import export_for_device
 
         loaded = load_checkpoint(checkpoint, task, trust_remote_code)
         chosen_columns = pairs(columns, "--column")
@@ -98,8 +99,11 @@ def command(
             "calibration": loaded.read(calibration, chosen_columns) if calibration else None,
             "validation": loaded.read(validation, chosen_columns) if validation else None,
         }
-        verb = export_fastest if automatic else export
-        manifest = verb(loaded, wanted, Path(out), **data, overwrite=overwrite, progress=progress)
+        writing = {"overwrite": overwrite, "progress": progress}
+        if automatic:
+            manifest = export_fastest(loaded, wanted, Path(out), **data, **writing)
+        else:
+            manifest = export_for_device(loaded, wanted, Path(out), **data, kit_only=kit_only, **writing)
     if as_json:
         print_json(artifact_summary(manifest, Path(out)))
     elif automatic:
@@ -108,6 +112,8 @@ def command(
         done(f"{check.name}: {check.detail}.")
     if manifest.unverified:
         done(f"Unverified: {manifest.unverified}.")
+    if manifest.is_kit:
+        done(f"This is a kit, unverified on a GPU; on the machine that has one: limbeck build {out} --out ENGINE.")
     for caveat in manifest.caveats:
         done(f"Mind: {caveat}.")
     done(f"Artifact {manifest.artifact_id} ({backend}, {manifest.settings.precision}) written to {out}.")

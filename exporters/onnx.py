@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..models.checkpoint import Checkpoint
 from .artifact import TensorSpec
 from .constant_weights import fold_weights
+from .float8 import float8_step
 from .inputs import dynamic_shapes, sample_inputs
 from .node_scopes import module_of
 from .onnx_weight_only import quantize_weights, weights_of_embeddings, weights_of_matrices
@@ -175,7 +176,10 @@ def _dequantized(name: str, values: np.ndarray, node: Any) -> ProgramWeight:
         shape[axis] = -1
         scale, zero_point = scale.reshape(shape), np.reshape(zero_point, shape)
     real = (values.astype(np.float32) - zero_point) * scale
-    return ProgramWeight.of_constant(name, real, np.broadcast_to(scale / 2, real.shape))
+    step = float8_step(real, scale) if values.dtype.name == "float8_e4m3fn" else np.broadcast_to(scale / 2, real.shape)
+    if node.inputs[1].const_value.dtype.name == "FLOAT16":  # what was quantised had been rounded to float16 before
+        step = step + np.abs(real) * _HALF_ROUNDING + 2.0**-24
+    return ProgramWeight.of_constant(name, real, step)
 
 
 def tensor_specs(values: Sequence[Any]) -> list[TensorSpec]:

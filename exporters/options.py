@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import UsageError, did_you_mean
+from .settings import ShapeRange
 
 Options = TypeVar("Options", bound="BackendOptions")
 
@@ -40,6 +41,64 @@ class OpenVINOOptions(BackendOptions):
     )
     group_size: Literal[16, 32, 64, 128] = Field(
         32, description="Weights that share one scale in int4-weight-only (int8-weight-only has one a channel)."
+    )
+
+
+class ProfileShapes(BaseModel):
+    """One range of input sizes that an engine is tuned for; what is left out is as in the export's shapes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min_batch: int | None = Field(None, ge=1)
+    opt_batch: int | None = Field(None, ge=1)
+    max_batch: int | None = Field(None, ge=1)
+    min_sequence: int | None = Field(None, ge=1)
+    opt_sequence: int | None = Field(None, ge=1)
+    max_sequence: int | None = Field(None, ge=1)
+
+    def inside(self, shapes: ShapeRange) -> ShapeRange:
+        """The whole range, sizes that were left out taken from `shapes`.
+
+        Raises:
+            UsageError: it reaches outside `shapes`, for which the graph was traced, or its sizes are out of order.
+        """
+        given = self.model_dump(exclude_none=True)
+        for name, size in given.items():
+            what = name.partition("_")[2]
+            smallest, largest = getattr(shapes, f"min_{what}"), getattr(shapes, f"max_{what}")
+            if not smallest <= size <= largest:
+                raise UsageError(
+                    f"A profile of tensorrt has {name} {size}; the graph takes a {what} of {smallest} to {largest}.",
+                    f"Widen --{what}, or narrow the profile.",
+                )
+        try:
+            return ShapeRange(**{**shapes.model_dump(), **given}).within(shapes.max_sequence)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise UsageError(f"A profile of tensorrt is not a range: {message}.") from error
+
+
+class TensorRTOptions(BackendOptions):
+    """Options of `--backend tensorrt`; they go into the kit's build plan."""
+
+    profiles: tuple[ProfileShapes, ...] = Field(
+        (),
+        description="Ranges that get kernels of their own, instead of one for all shapes: "
+        "[{max_batch: 1}, {min_batch: 8, opt_batch: 32, max_batch: 64}].",
+    )
+    rest: Literal["fp16", "fp32"] = Field(
+        "fp16", description="What an int8 or fp8 graph computes in where it is not quantised."
+    )
+    optimization_level: int = Field(3, ge=0, le=5, description="How long the builder searches; 5 is longest.")
+    workspace_mb: int | None = Field(
+        None, ge=1, description="Scratch memory in MiB that kernels may use; all of the GPU's if not given."
+    )
+    version_compatible: bool = Field(False, description="Let newer TensorRT versions run the engine.")
+    hardware_compatibility: Literal["none", "ampere-plus", "same-compute-capability"] = Field(
+        "none", description="Other GPU models that can run the engine, at some cost in speed."
+    )
+    cuda_graphs: bool = Field(
+        False, description="Replay each shape as a CUDA graph: less overhead a call, more memory a shape."
     )
 
 

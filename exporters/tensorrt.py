@@ -2,7 +2,7 @@
 building it into an engine needs TensorRT and a GPU.
 
 Since TensorRT 11 every network is strongly typed: there are no precision flags, the graph's own types decide. So a
-float16 kit is traced in float16 with float32 islands (`precision.py`), and an int8 kit carries Q/DQ nodes.
+float16 kit is traced in float16 with float32 islands (`precision.py`), and an int8 or fp8 kit carries Q/DQ nodes.
 
 Users of plain transformers get the exporter by one import:
 
@@ -16,7 +16,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from onnxruntime.quantization import QuantType
@@ -28,10 +28,11 @@ from ..errors import InputError, UsageError
 from ..models.anatomy import anatomy_of
 from ..models.checkpoint import Checkpoint
 from .constant_weights import fold_weights
+from .float8 import int8_to_float8
 from .inputs import dynamic_shapes, sample_inputs
 from .onnx import OPSET, name_weights, quiet_exporters
 from .precision import HALF_DTYPES, half_precision
-from .settings import ExportSettings, Precision
+from .settings import CALIBRATED, ExportSettings, Precision
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -41,26 +42,39 @@ FORMAT = "tensorrt" if "tensorrt" not in EXPORT_BACKENDS else "limbeck-tensorrt"
 """transformers may come to ship a format of that name: ours must not take its place, and goes by another name then."""
 
 
+PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")
+
+
 @dataclass
 class TensorRTConfig(OnnxConfig):
     """Settings of one graph: those of `OnnxConfig`, and the precision.
 
     Attributes:
-        precision: `fp32`, `fp16`, `bf16`, or `int8` with a `quantizer` (see `int8_quantizer`).
+        precision: `fp32`, `tf32` (the same graph, another flag of the builder), `fp16`, `bf16`, or `int8` and `fp8`
+            with a `quantizer` (see `quantizer_for`).
+        rest: what an int8 or fp8 graph computes in where it is not quantised.
     """
 
     export_format: Any = FORMAT
     precision: Precision = "fp16"
+    rest: Literal["fp16", "fp32"] = "fp16"
     opset_version: int | None = OPSET
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.precision not in ("fp32", *HALF_DTYPES, "int8"):
-            raise UsageError(f"TensorRT has no precision {self.precision!r} here; valid are fp32, fp16, bf16 and int8.")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"TensorRT has no precision {self.precision!r} here; valid are {', '.join(PRECISIONS)}.")
         if self.ort_fusions is not None:
             raise UsageError("ort_fusions make a graph that only ONNX Runtime reads; leave them out for TensorRT.")
-        if (self.precision == "int8") != (self.quantizer is not None):
-            raise UsageError("precision='int8' and a quantizer go together; limbeck.exporters.tensorrt.int8_quantizer.")
+        if (self.precision in CALIBRATED) != (self.quantizer is not None):
+            raise UsageError(
+                "precision='int8' or 'fp8' and a quantizer go together; limbeck.exporters.tensorrt.quantizer_for."
+            )
+
+    @property
+    def traced(self) -> torch.dtype:
+        """What the graph is traced in, before it is quantised."""
+        return HALF_DTYPES.get(self.rest if self.precision in CALIBRATED else self.precision, torch.float32)
 
 
 class TensorRTExporter(OnnxExporter):
@@ -74,11 +88,10 @@ class TensorRTExporter(OnnxExporter):
         self, model: Any, sample_inputs: MutableMapping[str, Any], config: TensorRTConfig
     ) -> tuple[onnx_ir.Model, Any]:
         """See `OnnxExporter.export_program`; the model is unchanged afterwards, weights bit for bit."""
-        dtype = HALF_DTYPES.get(config.precision, torch.float32)
         # transformers' quantisers list the formats they know, "onnx" among them: quantise as that, after the trace.
         plain = copy.copy(config)
         plain.quantizer = None
-        with half_precision(model, dtype):
+        with half_precision(model, config.traced):
             program, metadata = super().export_program(model, sample_inputs, plain)
             fold_weights(program)
             name_weights(program, model)
@@ -112,9 +125,27 @@ class WeightQuantizer(OnnxRuntimeQuantizer):
         return quantised
 
 
-def int8_quantizer(calibration: Sequence[Mapping[str, torch.Tensor]]) -> WeightQuantizer:
-    """Static int8 for products with a stored weight: symmetric (zero point 0, which is all that TensorRT takes),
-    weights per output channel, activations per tensor; biases and outputs stay float.
+class Float8Quantizer(WeightQuantizer):
+    """The same for float8: ranges and places as for int8, numbers E4M3."""
+
+    def quantize(
+        self, model: onnx_ir.Model, sample_inputs: dict[str, Any], export_format: ExportFormat
+    ) -> onnx_ir.Model:
+        """See `OnnxRuntimeQuantizer.quantize`."""
+        weights = {
+            str(value.name): value.const_value.numpy()
+            for value in model.graph.initializers.values()
+            if value.const_value is not None and value.const_value.dtype.is_floating_point()
+        }
+        quantised = super().quantize(model, sample_inputs, export_format)
+        int8_to_float8(quantised, weights)
+        return quantised
+
+
+def quantizer_for(precision: Precision, calibration: Sequence[Mapping[str, torch.Tensor]]) -> WeightQuantizer:
+    """Static int8 or fp8 for products with a stored weight: symmetric (zero point 0, which is all that TensorRT takes),
+    activations per tensor, weights per output channel in int8 and per tensor in fp8, where a scale a channel keeps
+    TensorRT from its float8 kernels and E4M3's exponent does a scale's work; biases and outputs stay float.
 
     Args:
         calibration: batches of real inputs, int64 [batch, sequence] by name.
@@ -123,11 +154,11 @@ def int8_quantizer(calibration: Sequence[Mapping[str, torch.Tensor]]) -> WeightQ
         InputError: no calibration data. One random sample would do for the quantiser, and ruin the model.
     """
     if not calibration:
-        raise InputError("An int8 export needs real inputs to calibrate on.", "Add --calibration FILE.")
+        raise InputError(f"An {precision} export needs real inputs to calibrate on.", "Add --calibration FILE.")
     products = ["MatMul", "Gemm"]
     config = OnnxRuntimeStaticConfig(
         op_types_to_quantize=products,
-        per_channel=True,
+        per_channel=precision == "int8",
         activation_type=QuantType.QInt8,
         weight_type=QuantType.QInt8,
         extra_options={
@@ -137,22 +168,28 @@ def int8_quantizer(calibration: Sequence[Mapping[str, torch.Tensor]]) -> WeightQ
             "OpTypesToExcludeOutputQuantization": products,
         },
     )
-    return WeightQuantizer(config, calibration_dataset=[dict(batch) for batch in calibration])
+    kind = Float8Quantizer if precision == "fp8" else WeightQuantizer
+    return kind(config, calibration_dataset=[dict(batch) for batch in calibration])
 
 
 def export_graph(
-    checkpoint: Checkpoint, settings: ExportSettings, calibration: Sequence[Mapping[str, torch.Tensor]] = ()
+    checkpoint: Checkpoint,
+    settings: ExportSettings,
+    rest: Literal["fp16", "fp32"] = "fp16",
+    calibration: Sequence[Mapping[str, torch.Tensor]] = (),
 ) -> ExportedModel:
-    """Trace a checkpoint's module at the precision of the settings; `calibration` is needed for int8 alone.
+    """Trace a checkpoint's module at the precision of the settings; `calibration` and `rest` are for int8 and fp8.
 
     Raises:
-        InputError: int8 without calibration data.
+        InputError: int8 or fp8 without calibration data.
         ExportMismatch: a weight that float16 does not hold.
     """
+    quantised = settings.precision in CALIBRATED
     config = TensorRTConfig(
         precision=settings.precision,
+        rest=rest,
         dynamic_shapes=dynamic_shapes(checkpoint, settings.shapes),
-        quantizer=int8_quantizer(calibration) if settings.precision == "int8" else None,
+        quantizer=quantizer_for(settings.precision, calibration) if quantised else None,
     )
     with quiet_exporters():
         exported: ExportedModel = TensorRTExporter().export(

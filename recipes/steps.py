@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ..backends.registry import backend_of_format, load_runner
+from ..backends.registry import load_runner
 from ..distill.callbacks import Modification
 from ..distill.distillation import Surroundings
 from ..distill.distillation import distill as train_student
@@ -19,8 +18,8 @@ from ..distill.student import draw_student
 from ..distill.trainer import Evaluation
 from ..environment import facts
 from ..errors import UsageError, did_you_mean
-from ..exporters.artifact import Manifest, open_artifact, read_manifest, seal
-from ..files import check_output_folder, read_json, staged_folder
+from ..exporters.artifact import Manifest, open_artifact, read_manifest
+from ..files import read_json
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
 from ..models.lineage import TRAINING_ROWS_FILE
@@ -41,11 +40,12 @@ from ..validate.measurement import (
 )
 from ..validate.quality import headline_metric, higher_is_better, score
 from ..validate.report import Candidate, Gate, Report
+from .building import build, export_for_device
 from .exporting import export
 from .progress import SILENT, Progress
 
 __all__ = [
-    "bench", "build", "command_line", "distill", "evaluation_on", "export", "prune", "sparsification", "validate",
+    "bench", "build", "command_line", "distill", "evaluation_on", "export", "export_for_device", "prune", "sparsification", "validate",
 ]  # fmt: skip
 
 
@@ -126,25 +126,6 @@ def prune(
 
         return prune_to_budget(checkpoint, settings, data, rationale=rationale, progress=progress)
     return prune_checkpoint(checkpoint, settings, data, rationale, progress.advance)
-
-
-def build(kit: Path, out: Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Manifest:
-    """Turn a kit into the program for this machine's device.
-
-    Raises:
-        BackendUnavailable: the compiler or the device is not here.
-        IntegrityError: the kit is not as it was exported.
-    """
-    manifest = open_artifact(kit)
-    check_output_folder(out, overwrite)
-    backend = backend_of_format(manifest.format)
-    with staged_folder(out, overwrite) as folder:
-        for name in set(manifest.files) - set(manifest.program_files):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(kit / name, folder / name)
-        evidence = backend.build(kit, manifest, folder, progress.say)
-        changes = {"format": backend.built_format, "is_kit": False, "unverified": None, "program_files": []}
-        return seal(manifest.model_copy(update={**changes, "evidence": {**manifest.evidence, **evidence}}), folder)
 
 
 def validate(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import limbeck
 
@@ -33,12 +35,11 @@ SYMBOLS = (
     "initLibNvInferPlugins",
     "getInferLibVersion",
 )
-# What our variables of these names hold.
+# What our variables and attributes of these names hold, a leading underscore aside.
 CLASSES = {
     "runtime": "Runtime",
     "engine": "ICudaEngine",
     "context": "IExecutionContext",
-    "_context": "IExecutionContext",
     "inspector": "EngineInspector",
 }
 # What Polygraphy 0.53.6 calls on the way from `network_from_onnx_path` to the engine's bytes and back.
@@ -58,6 +59,8 @@ POLYGRAPHY = {
         "get_memory_pool_limit",
         "create_timing_cache",
         "set_timing_cache",
+        "get_timing_cache",
+        "progress_monitor",
         "profiling_verbosity",
         "builder_optimization_level",
         "hardware_compatibility_level",
@@ -66,6 +69,9 @@ POLYGRAPHY = {
         "engine_capability",
         "num_optimization_profiles",
     ),
+    "ITimingCache": ("combine", "serialize"),
+    "IHostMemory": ("__enter__", "__exit__"),
+    "IProgressMonitor": ("phase_start", "step_complete", "phase_finish"),
     "INetworkDefinition": ("num_inputs", "get_input"),
     "ITensor": ("name", "shape", "dtype", "is_shape_tensor"),
     "IOptimizationProfile": ("set_shape", "set_shape_input"),
@@ -89,6 +95,18 @@ SIGNATURES = {
     "IExecutionContext.get_tensor_shape": "name: str",
     "ICudaEngine.get_tensor_profile_shape": "name: str, profile_index: typing.SupportsInt) -> list",
     "EngineInspector.get_engine_information": "LayerInformationFormat) -> str",
+    "IExecutionContext.set_optimization_profile_async": (
+        "profile_index: typing.SupportsInt, stream_handle: typing.SupportsInt) -> bool"
+    ),
+    "ICudaEngine.create_execution_context": "create_execution_context(self: tensorrt_bindings.tensorrt.ICudaEngine",
+    "ICudaEngine.get_tensor_dtype": "name: str) -> tensorrt_bindings.tensorrt.DataType",
+    "ICudaEngine.get_tensor_mode": "name: str) -> tensorrt_bindings.tensorrt.TensorIOMode",
+    "ICudaEngine.get_tensor_name": "index: typing.SupportsInt) -> str",
+    "IProgressMonitor.phase_start": "phase_name: str, parent_phase: str, num_steps: typing.SupportsInt) -> None",
+    "IProgressMonitor.step_complete": "phase_name: str, step: typing.SupportsInt) -> bool",
+    "IProgressMonitor.phase_finish": "phase_name: str) -> None",
+    "IBuilderConfig.create_timing_cache": "serialized_timing_cache: typing_extensions.Buffer",
+    "ITimingCache.combine": "input_cache: tensorrt_bindings.tensorrt.ITimingCache, ignore_mismatch: bool) -> bool",
     "IOptimizationProfile.set_shape": "input: str, min: tensorrt_bindings.tensorrt.Dims, opt:",
 }
 
@@ -139,18 +157,26 @@ print(json.dumps([name for name in %r if missing(name)]))
     return run(bindings, code % (names,))
 
 
+def our_files() -> list[Path]:
+    """Every file of ours that may import tensorrt, found by its name."""
+    return sorted(BACKENDS.glob("tensorrt*.py"))
+
+
+def attributes(file: Path) -> list[list[str]]:
+    """Every attribute that a file looks up, as the dotted parts of its expression."""
+    parsed = ast.parse(file.read_text(encoding="utf-8"))
+    return [ast.unparse(node).split(".") for node in ast.walk(parsed) if isinstance(node, ast.Attribute)]
+
+
 def used_by_us() -> set[str]:
-    """Every dotted name below `trt` in our files, and every method called on an object of TensorRT's."""
+    """Every dotted name below `trt` in our files, and every member of an object of TensorRT's."""
     names: set[str] = set()
-    for file in ("tensorrt_build.py", "tensorrt_engine.py"):
-        for node in ast.walk(ast.parse((BACKENDS / file).read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Attribute):
-                continue
-            owner, _, rest = ast.unparse(node).removeprefix("self.").partition(".")
-            if owner == "trt":
-                names.add(rest)
-            elif owner in CLASSES and rest and "." not in rest:
-                names.add(f"{CLASSES[owner]}.{rest}")
+    for file in our_files():
+        for parts in attributes(file):
+            if parts[0] == "trt":
+                names.add(".".join(parts[1:]))
+            elif parts[-2].removeprefix("_") in CLASSES and not parts[-1].startswith("__"):
+                names.add(f"{CLASSES[parts[-2].removeprefix('_')]}.{parts[-1]}")
     return names
 
 
@@ -158,8 +184,59 @@ def test_every_name_that_we_use_is_tensorrts(bindings: dict[str, str]) -> None:
     names = used_by_us()
     assert {"Runtime.deserialize_cuda_engine", "LayerInformationFormat.JSON", "DataType.HALF"} <= names
     assert {"IExecutionContext.execute_async_v3", "EngineInspector.get_engine_information"} <= names
-    assert len(names) > 25
+    assert {"IExecutionContext.set_optimization_profile_async", "ICudaEngine.num_optimization_profiles"} <= names
+    assert {"IProgressMonitor", "ICudaEngine.create_execution_context"} <= names
+    assert len(names) > 30
     assert absent(bindings, sorted(names)) == []
+
+
+def test_tensorrt_goes_by_one_name_in_our_files_so_that_nothing_escapes_the_check() -> None:
+    root = BACKENDS.parent
+    others = [path for path in root.rglob("*.py") if "tests" not in path.parts and ".venv" not in path.parts]
+    importing = {path.name for path in others if "import tensorrt as trt" in path.read_text(encoding="utf-8")}
+    assert importing <= {file.name for file in our_files()} and len(importing) >= 3
+    for file in our_files():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert all(name.asname == "trt" for name in node.names if name.name.startswith("tensorrt")), file
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                assert not str(node.module).startswith("tensorrt"), file
+
+
+def test_every_function_of_polygraphy_that_we_import_is_there_with_the_arguments_that_we_give(
+    bindings: dict[str, str],
+) -> None:
+    imported = {
+        (str(node.module), name.name)
+        for file in our_files()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("polygraphy")
+        for name in node.names
+    }
+    assert ("polygraphy.backend.trt", "CreateConfig") in imported and len(imported) >= 5
+    code = f"""
+import importlib, inspect
+lost = [f"{{module}}.{{name}}" for module, name in {sorted(imported)!r}
+        if not hasattr(importlib.import_module(module), name)]
+from polygraphy.backend.trt import EngineBytesFromNetwork, PostprocessConfig
+from polygraphy.backend.trt.config import _CreateConfigCommon
+print(json.dumps([lost, list(inspect.signature(_CreateConfigCommon.__init__).parameters),
+                  list(inspect.signature(EngineBytesFromNetwork.__init__).parameters)]))
+"""
+    lost, config, engine = run(bindings, code)  # type: ignore[misc]
+    assert lost == []
+    assert {"profiles", "progress_monitor", "load_timing_cache", "hardware_compatibility_level"} <= set(config)
+    assert {"network", "config", "save_timing_cache"} <= set(engine)
+
+
+def test_torchs_cuda_has_what_the_runner_calls() -> None:
+    cuda = [parts for parts in attributes(BACKENDS / "tensorrt_engine.py") if parts[:2] == ["torch", "cuda"]]
+    names = {parts[2].partition("(")[0] for parts in cuda if len(parts) > 2}
+    assert {"CUDAGraph", "graph", "Event", "Stream", "current_stream"} <= names
+    assert [name for name in names if not hasattr(torch.cuda, name)] == []
+    assert "stream" in inspect.signature(torch.cuda.graph.__init__).parameters
+    assert {"record", "synchronize", "elapsed_time"} <= set(dir(torch.cuda.Event))
+    assert "synchronize" in dir(torch.cuda.Stream)  # `cuda_stream` is there in a torch with CUDA alone
 
 
 def test_every_name_that_polygraphy_uses_for_us_is_tensorrts(bindings: dict[str, str]) -> None:
@@ -183,47 +260,87 @@ def test_the_plan_becomes_polygraphys_configuration(bindings: dict[str, str]) ->
     code = """
 from limbeck.backends.tensorrt_build import builder_config
 from limbeck.exporters.build_plan import BuildPlan
+from limbeck.exporters.options import TensorRTOptions
 from limbeck.exporters.settings import ExportSettings
-plan = BuildPlan.of(ExportSettings(backend="tensorrt", precision="fp16", sparsity="2:4"), ["input_ids"], 20)
-plan = plan.model_copy(update={"workspace_bytes": 1 << 30, "hardware_compatibility": "AMPERE_PLUS"})
-config = builder_config(plan)
-found = config.profiles[0]["input_ids"]
+options = TensorRTOptions(
+    profiles=[{"max_batch": 1}, {"min_batch": 8, "opt_batch": 32}], workspace_mb=1024, optimization_level=5,
+    hardware_compatibility="ampere-plus", version_compatible=True,
+)
+settings = ExportSettings(backend="tensorrt", precision="fp16", sparsity="2:4")
+config = builder_config(BuildPlan.of(settings, options, ["input_ids"], 20), monitor="a monitor", timing_cache="times")
 print(json.dumps({
     "sparse": config.sparse_weights, "tf32": config.tf32, "fp16": config.fp16,
-    "profile": [list(found.min), list(found.opt), list(found.max)],
+    "profiles": [[list(part) for part in (found["input_ids"].min, found["input_ids"].opt, found["input_ids"].max)]
+                 for found in config.profiles],
     "workspace": config.memory_pool_limits[trt.MemoryPoolType.WORKSPACE],
     "level": config.builder_optimization_level,
     "hardware": config.hardware_compatibility_level == trt.HardwareCompatibilityLevel.AMPERE_PLUS,
+    "versions": config.version_compatible,
+    "monitor": config.progress_monitor, "cache": config.timing_cache_path,
 }))
 """
     assert run(bindings, code) == {
         "sparse": True,
         "tf32": False,
         "fp16": False,
-        "profile": [[1, 1], [8, 128], [64, 512]],
+        "profiles": [[[1, 1], [1, 128], [1, 512]], [[8, 1], [32, 128], [64, 512]]],
         "workspace": 1 << 30,
-        "level": 3,
+        "level": 5,
         "hardware": True,
+        "versions": True,
+        "monitor": "a monitor",
+        "cache": "times",
     }
+
+
+def test_the_builders_phases_are_told(bindings: dict[str, str]) -> None:
+    code = """
+from pathlib import Path
+from limbeck.backends.base import BuildJob
+from limbeck.backends.tensorrt_build import progress_monitor
+told = []
+job = BuildJob(Path("kit"), None, progress=told.append, advance=lambda done, total: told.append([done, total]))
+monitor = progress_monitor(job)
+assert isinstance(monitor, trt.IProgressMonitor)
+monitor.phase_start("Building an engine", None, 2)
+monitor.phase_start("Timing graph nodes", "Building an engine", 3)
+going_on = [monitor.step_complete("Timing graph nodes", step) for step in range(2)]
+monitor.phase_start("Timing one node", "Timing graph nodes", 1)
+monitor.step_complete("Timing one node", 0)
+monitor.phase_finish("Timing one node")
+monitor.phase_finish("Timing graph nodes")
+
+def interrupt(done, total):
+    raise KeyboardInterrupt
+stopped = progress_monitor(BuildJob(Path("kit"), None, advance=interrupt))
+stopped.phase_start("Building an engine", None, 2)
+print(json.dumps([told, going_on, stopped.step_complete("Building an engine", 0), stopped.interrupted]))
+"""
+    told, going_on, stopped, interrupted = run(bindings, code)  # type: ignore[misc]
+    assert told == ["TensorRT: Building an engine", "TensorRT: Timing graph nodes", [1, 3], [2, 3]]
+    assert going_on == [True, True]
+    assert stopped is False and interrupted is True
 
 
 def test_tensorrts_log_is_captured_through_polygraphy(bindings: dict[str, str]) -> None:
     code = """
 from polygraphy.backend.trt import get_trt_logger
-from limbeck.backends.tensorrt_build import captured_log, sparsity_lines
+from limbeck.backends.tensorrt_log import captured_log, first_error, sparsity_of
 lines = []
 with captured_log(lines):
-    get_trt_logger().log(trt.Logger.VERBOSE, "(Sparsity) Layers eligible for sparse math: query, key")
+    get_trt_logger().log(trt.Logger.VERBOSE, "(Sparsity) Layers eligible for sparse math: query, key + Add_4")
     get_trt_logger().log(trt.Logger.INFO, "(Sparsity) TRT inference plan picked sparse implementation for layers: key")
     get_trt_logger().log(trt.Logger.WARNING, "a warning")
+    get_trt_logger().log(trt.Logger.ERROR, "what went wrong")
 get_trt_logger().log(trt.Logger.VERBOSE, "not ours")
-print(json.dumps([sparsity_lines(lines), [line for line in lines if "warning" in line], lines]))
+print(json.dumps([sparsity_of(lines), [line for line in lines if "warning" in line], first_error(lines), lines]))
 """
     found = run(bindings, code)
     assert isinstance(found, list)
-    sparsity, warnings, captured = found
-    assert "query, key" in sparsity["eligible"][0] and "layers: key" in sparsity["picked"][0]
+    sparsity, warnings, error, captured = found
+    assert sparsity == {"eligible": ["query", "key + Add_4"], "picked": ["key"]}
     assert warnings[0].lstrip().startswith("[W]")
+    assert error is not None and "what went wrong" in error
     assert not any("not ours" in line for line in captured)
 
 

@@ -76,7 +76,19 @@ def openvino(work: Path, narrow: Path, text_file: Path) -> Path:
 @pytest.fixture(scope="session")
 def kit(work: Path, sparse: Path) -> Path:
     out = work / "kit"
-    run("export", sparse, "--backend", "tensorrt", "--precision", "fp16", "--sparsity", "2:4", "--out", out)
+    run(
+        "export",
+        sparse,
+        "--backend",
+        "tensorrt",
+        "--precision",
+        "fp16",
+        "--sparsity",
+        "2:4",
+        "--kit-only",
+        "--out",
+        out,
+    )
     return out
 
 

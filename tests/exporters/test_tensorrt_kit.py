@@ -19,12 +19,15 @@ from transformers.exporters.auto import EXPORT_BACKENDS
 
 from limbeck.backends.base import ExportJob
 from limbeck.backends.onnx import OnnxRunner
+from limbeck.backends.registry import backend_for
 from limbeck.backends.tensorrt import TensorRTBackend
 from limbeck.errors import ExportMismatch, InputError, UsageError
 from limbeck.exporters.artifact import Manifest
 from limbeck.exporters.build_plan import BuildPlan
 from limbeck.exporters.inputs import probe_batch, probe_batches
 from limbeck.exporters.node_scopes import module_of
+from limbeck.exporters.onnx import read_weights
+from limbeck.exporters.options import TensorRTOptions
 from limbeck.exporters.program import ExportedProgram
 from limbeck.exporters.settings import ExportSettings, ShapeRange
 from limbeck.exporters.sparsity import sparsity_evidence
@@ -169,8 +172,9 @@ def test_the_plan_says_what_the_builder_is_told(sparse_kit: Callable[[str], Kit]
     plan = BuildPlan.load(kit.folder)
     assert plan.flags == ["SPARSE_WEIGHTS"]
     assert plan.precision == "fp16"
-    assert set(plan.profiles) == {"input_ids", "token_type_ids", "attention_mask"}
-    assert plan.profiles["input_ids"].model_dump() == {"min": [1, 1], "opt": [8, 48], "max": [8, 48]}
+    (profile,) = plan.profiles
+    assert set(profile) == {"input_ids", "token_type_ids", "attention_mask"}
+    assert profile["input_ids"].model_dump() == {"min": [1, 1], "opt": [8, 48], "max": [8, 48]}
     evidence = kit.program.evidence["float16 range"]
     assert evidence["real batches"] == 3 and evidence["widest"][0]["share"] < 0.01
 
@@ -198,6 +202,9 @@ def test_a_model_that_leaves_float16s_range_is_refused(tiny_checkpoint: Callable
         export(checkpoint, tmp_path / "kit")
     assert "bf16" in str(refused.value.hint)
     assert export(checkpoint, tmp_path / "bf16", precision="bf16").program.outputs[0].dtype == "float"
+    with pytest.raises(ExportMismatch, match="overflows float16") as refused:
+        export(checkpoint, tmp_path / "int8", precision="int8")
+    assert "rest=fp32" in str(refused.value.hint)
 
 
 def test_a_bf16_kit_runs_as_its_float32_twin(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -210,35 +217,161 @@ def test_a_bf16_kit_runs_as_its_float32_twin(tiny_checkpoint: Callable[..., Path
     assert not parity.passed or audit_weights(kit.checkpoint.module, kit.program.weights).passed
 
 
-def test_int8_is_symmetric_and_on_products_with_weights_only(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize("rest", ["fp16", "fp32"])
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_quantised_kit_is_symmetric_and_quantises_products_with_weights_only(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, precision: str, rest: str
 ) -> None:
-    kit = export(load(tiny_checkpoint, "bert"), tmp_path / "kit", precision="int8")
+    kit = export(load(tiny_checkpoint, "bert"), tmp_path / "kit", precision=precision, options={"rest": rest})
     onnx.checker.check_model(str(kit.folder / "model.onnx"), full_check=True)
+    stored = {"int8": onnx_ir.DataType.INT8, "fp8": onnx_ir.DataType.FLOAT8E4M3FN}[precision]
+    around = {"fp16": onnx_ir.DataType.FLOAT16, "fp32": onnx_ir.DataType.FLOAT}[rest]
     products = [node for node in kit.graph if node.op_type == "MatMul"]
     quantised = [node for node in products if node.inputs[1].producer().op_type == "DequantizeLinear"]
     assert len(products) == 16 and len(quantised) == 12  # attention's own four products have no weight
     for node in kit.graph:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            zero_point = node.inputs[2].const_value
-            assert zero_point.dtype == onnx_ir.DataType.INT8 and not zero_point.numpy().any()
-    scales = [node.inputs[1].producer().inputs[1].const_value.shape for node in quantised]
-    assert all(len(shape) == 1 and shape[0] >= 32 for shape in scales)  # one a channel
+            scale, zero_point = (node.inputs[position].const_value for position in (1, 2))
+            assert zero_point.dtype == stored and not zero_point.numpy().astype(np.float32).any()
+            assert scale.dtype == around and (scale.numpy() > 0).all()
+    dequantised = [node.inputs[1].producer() for node in quantised]
+    assert {node.inputs[0].const_value.dtype for node in dequantised} == {stored}
+    ranks = {len(node.inputs[1].const_value.shape) for node in dequantised}
+    assert ranks == ({1} if precision == "int8" else {0})  # a scale a channel; one a tensor
     with torch.inference_mode():
         parity = check_parity(
             TensorRTBackend().load(kit.folder, kit.manifest),
             kit.checkpoint.run,
             probe_batches(kit.checkpoint, SHAPES),
-            "int8",
+            kit.settings.precision,
         )
     assert parity.passed, parity.rows
-    assert audit_weights(kit.checkpoint.module, kit.program.weights, quantised=True).passed
+    assert min(float(row["cosine"]) for row in parity.rows) > 0.99
+    audit = audit_weights(kit.checkpoint.module, kit.program.weights, quantised=True)
+    assert audit.passed and not audit.rows, audit.rows
+    assert ("float16 range" in kit.program.evidence) == (rest == "fp16")
+    assert kit.program.compile_properties["where not quantised"] == rest
 
 
-def test_int8_without_calibration_data_is_refused(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    settings = ExportSettings(backend="tensorrt", precision="int8")
-    with pytest.raises(InputError, match="calibrate"):
+def test_float8_reaches_the_largest_weight_and_rounds_each_to_four_bits(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = load(tiny_checkpoint, "distilbert")
+    weight = checkpoint.module.get_submodule("encoder.transformer.layer.0.ffn.lin1").weight
+    with torch.no_grad():
+        weight[3, 5] = 25 * weight.std()  # far beyond what ONNX Runtime's own float8 scale would hold
+    kit = export(checkpoint, tmp_path / "kit", precision="fp8")
+    found = next(found for found in kit.program.weights if found.name.endswith("layer.0.ffn.lin1.weight"))
+    expected = weight.detach().numpy()
+    assert found.values[3, 5] == pytest.approx(expected[3, 5], rel=2e-3)
+    large = np.abs(expected) > 2.0**-6 * np.abs(expected).max() / 448
+    relative = np.abs(found.values - expected)[large] / np.abs(expected)[large]
+    assert 0.01 < relative.max() < 1 / 15  # float8 and no finer, float8 and no coarser
+
+
+def test_the_audit_sees_a_float8_weight_that_is_a_step_away(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    kit = export(load(tiny_checkpoint, "distilbert"), tmp_path / "kit", precision="fp8")
+    model = onnx_ir.load(str(kit.folder / "model.onnx"))
+    name = next(name for name in model.graph.initializers if name.endswith("lin1.weight.T_quantized"))
+    value = model.graph.initializers[name]
+    codes = value.const_value.numpy().copy()
+    codes.view(np.uint8)[0, 0] ^= 0b11  # one or three steps within the same power of two
+    value.const_value = onnx_ir.Tensor(codes, name=name)
+    onnx_ir.save(model, str(tmp_path / "model.onnx"), external_data="model.onnx.data")
+    audit = audit_weights(kit.checkpoint.module, read_weights(tmp_path / "model.onnx"), quantised=True)
+    assert not audit.passed and "lin1.weight" in audit.detail
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_quantised_sparse_kit_keeps_its_pattern(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, precision: str
+) -> None:
+    checkpoint = load(tiny_checkpoint, "bert")
+    pruned = replace(checkpoint, model=prune_semi_structured(checkpoint).model)
+    kit = export(pruned, tmp_path / "kit", precision=precision, sparsity="2:4")
+    eligible = [layer for layer in kit.program.sparse_layers if layer.eligible]
+    assert len(eligible) == 12 and all(layer.pattern for layer in eligible)
+    assert BuildPlan.load(kit.folder).flags == ["SPARSE_WEIGHTS"]
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_quantising_without_calibration_data_is_refused(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, precision: str
+) -> None:
+    settings = ExportSettings.model_validate({"backend": "tensorrt", "precision": precision})
+    with pytest.raises(InputError, match=f"{precision} export needs real inputs"):
         TensorRTBackend().export(ExportJob(load(tiny_checkpoint, "bert"), settings), tmp_path)
+
+
+def test_a_tf32_kit_is_the_float32_graph_with_a_flag(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    kit = export(load(tiny_checkpoint, "bert"), tmp_path / "kit", precision="tf32")
+    assert BuildPlan.load(kit.folder).flags == ["TF32"]
+    floats = {value.const_value.dtype for value in kit.graph.initializers.values()} - {onnx_ir.DataType.INT64}
+    assert onnx_ir.DataType.FLOAT in floats and onnx_ir.DataType.FLOAT16 not in floats
+    with torch.inference_mode():
+        parity = check_parity(
+            TensorRTBackend().load(kit.folder, kit.manifest),
+            kit.checkpoint.run,
+            probe_batches(kit.checkpoint, SHAPES),
+            "fp32",
+        )
+    assert parity.passed, parity.rows
+
+
+def test_options_become_the_plan(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    options = {
+        "profiles": [{"max_batch": 1}, {"min_batch": 2, "opt_batch": 4, "max_sequence": 32}],
+        "optimization_level": 5,
+        "workspace_mb": 256,
+        "version_compatible": True,
+        "hardware_compatibility": "same-compute-capability",
+        "cuda_graphs": True,
+    }
+    plan = BuildPlan.load(export(load(tiny_checkpoint, "bert"), tmp_path / "kit", options=options).folder)
+    assert [profile["attention_mask"].model_dump() for profile in plan.profiles] == [
+        {"min": [1, 1], "opt": [1, 48], "max": [1, 48]},
+        {"min": [2, 1], "opt": [4, 32], "max": [8, 32]},
+    ]
+    assert (plan.builder_optimization_level, plan.workspace_bytes, plan.cuda_graphs) == (5, 256 * 2**20, True)
+    assert plan.version_compatible and plan.hardware_compatibility == "SAME_COMPUTE_CAPABILITY"
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        ({"max_batch": 9}, r"max_batch 9; the graph takes a batch of 1 to 8"),
+        ({"max_sequence": 64}, r"max_sequence 64; the graph takes a sequence of 1 to 48"),
+        ({"min_batch": 4, "max_batch": 2}, r"smallest batch 4 is above the largest, 2"),
+    ],
+)
+def test_a_profile_outside_the_graphs_shapes_is_refused_before_the_trace(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, profile: dict[str, int], message: str
+) -> None:
+    checkpoint = load(tiny_checkpoint, "bert")
+    settings = ExportSettings(backend="tensorrt", precision="fp16", shapes=SHAPES, options={"profiles": [profile]})
+    told: list[str] = []
+    with pytest.raises(UsageError, match=message):
+        TensorRTBackend().export(ExportJob(checkpoint, settings, progress=told.append), tmp_path)
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"profiles": [{"max_batsh": 1}]},
+        {"profiles": 3},
+        {"optimization_level": 6},
+        {"workspace_mb": 0},
+        {"hardware_compatibility": "all"},
+        {"rest": "bf16"},
+        {"cuda_graph": True},
+    ],
+)
+def test_an_option_that_tensorrt_does_not_have_is_refused(options: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="tensorrt"):
+        backend_for(ExportSettings(backend="tensorrt", precision="fp16", options=options))
 
 
 def test_plain_transformers_users_need_one_import(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -256,7 +389,14 @@ def test_plain_transformers_users_need_one_import(tiny_checkpoint: Callable[...,
 
 
 @pytest.mark.parametrize(
-    "settings", [{"precision": "fp8"}, {"precision": "int8"}, {"ort_fusions": "cpu"}, {"quantizer": object()}]
+    "settings",
+    [
+        {"precision": "fp8"},
+        {"precision": "int4-weight-only"},
+        {"precision": "int8"},
+        {"ort_fusions": "cpu"},
+        {"quantizer": object()},
+    ],
 )
 def test_settings_that_tensorrt_cannot_read_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(UsageError):
@@ -279,10 +419,19 @@ def test_another_exporter_of_that_name_keeps_its_place() -> None:
 def test_a_plan_tells_the_builder_of_tf32_only_where_it_was_asked_for() -> None:
     for precision, flags in (("fp32", []), ("tf32", ["TF32"]), ("fp16", [])):
         settings = ExportSettings.model_validate({"backend": "tensorrt", "precision": precision})
-        assert BuildPlan.of(settings, ["input_ids"], opset=20).flags == flags
+        assert BuildPlan.of(settings, TensorRTOptions(), ["input_ids"], opset=20).flags == flags
 
 
-@pytest.mark.parametrize("text", ['{"schema_version": 9}', '{"precision": "fp16"}', "[]", "{"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"schema_version": 9}',
+        '{"schema_version": 2, "precision": "fp16", "opset": 20, "profiles": []}',
+        '{"precision": "fp16"}',
+        "[]",
+        "{",
+    ],
+)
 def test_a_broken_plan_is_bad_input(tmp_path: Path, text: str) -> None:
     (tmp_path / "build.json").write_text(text)
     with pytest.raises(InputError):

@@ -1,0 +1,113 @@
+"""Kit -> what its compiler builds of it on the device at hand, compared with the kit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ..backends.base import BuildJob, Runner
+from ..backends.registry import backend_of_format, get_backend
+from ..errors import ExportMismatch, UsageError
+from ..exporters.artifact import CheckRecord, Manifest, open_artifact, seal
+from ..exporters.settings import ExportSettings
+from ..files import check_output_folder, read_json, staged_folder
+from ..models.checkpoint import Checkpoint
+from ..models.data import Data
+from ..validate.latency_worker import random_ids, vocabulary_of
+from ..validate.parity import check_parity
+from .exporting import export
+from .progress import SILENT, Progress
+
+
+def build(
+    kit: Path,
+    out: Path,
+    *,
+    timing_cache: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Manifest:
+    """Turn a kit into the program for this machine's device.
+
+    Args:
+        timing_cache: where the compiler keeps the times of its kernels; read where it is there, written afterwards.
+
+    Raises:
+        BackendUnavailable: the compiler or the device is not here.
+        IntegrityError: the kit is not as it was exported.
+        ExportMismatch: what was built does not compute what the kit computes; nothing is left at `out`.
+    """
+    manifest = open_artifact(kit)
+    check_output_folder(out, overwrite)
+    backend = backend_of_format(manifest.format)
+    with staged_folder(out, overwrite) as folder:
+        for name in set(manifest.files) - set(manifest.program_files):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(kit / name, folder / name)
+        job = BuildJob(kit, manifest, timing_cache, progress.say, progress.advance)
+        evidence = backend.build(job, folder)
+        changes = {"format": backend.built_format, "is_kit": False, "unverified": None, "program_files": []}
+        built = manifest.model_copy(update={**changes, "evidence": {**manifest.evidence, **evidence}})
+        progress.say("comparing outputs with the kit's")
+        check = check_built(backend.load(folder, built), backend.load(kit, manifest), built, folder)
+        return seal(built.model_copy(update={"checks": [*built.checks, check]}), folder)
+
+
+def check_built(program: Runner, kit: Runner, built: Manifest, folder: Path) -> CheckRecord:
+    """Compare what was built with the graph it was built of, which was compared with the checkpoint at its export.
+
+    Args:
+        folder: of the built program; its tokenizer's and model's files are there, its manifest need not be.
+
+    Raises:
+        ExportMismatch: outputs differ by more than the precision explains.
+    """
+    vocabulary = vocabulary_of(read_json(folder / "config.json"), folder)
+    names = [spec.name for spec in built.inputs]
+    shapes = backend_of_format(built.format).built_shapes(folder)
+    probes = ((f"{shape[0]} x {shape[1]}", random_ids(names, vocabulary, shape, seed=0)) for shape in shapes)
+    try:
+        check = check_parity(program, kit, probes, built.settings.precision)
+    finally:
+        program.close()
+        kit.close()
+    check = check.model_copy(update={"name": "parity with the kit"})
+    if not check.passed:
+        raise ExportMismatch(
+            f"The built {built.format} does not compute what its kit computes: {check.detail}.",
+            "Nothing was written. Build it with another version of the compiler, or export at another --precision.",
+        )
+    return check
+
+
+def export_for_device(
+    checkpoint: Checkpoint,
+    settings: ExportSettings,
+    out: Path,
+    *,
+    calibration: Data | None = None,
+    validation: Data | None = None,
+    kit_only: bool = False,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Manifest:
+    """Export, and build at once where that makes a kit whose compiler and device are on this machine.
+
+    Args:
+        kit_only: leave the kit as it is; it is built elsewhere.
+
+    Raises:
+        UsageError: `kit_only` with a backend that has no kits; and what `export` and `build` raise.
+    """
+    backend = get_backend(settings.backend)
+    if kit_only and not backend.built_format:
+        raise UsageError(f"The backend {backend.name} has no kits: nothing of it is built.", "Leave out --kit-only.")
+    data = {"calibration": calibration, "validation": validation}
+    if kit_only or not backend.built_format or not backend.probe().can_run:
+        return export(checkpoint, settings, out, **data, overwrite=overwrite, progress=progress)
+    check_output_folder(out, overwrite)
+    with TemporaryDirectory(prefix="limbeck-") as place:
+        kit = Path(place) / "kit"
+        export(checkpoint, settings, kit, **data, progress=progress)
+        return build(kit, out, overwrite=overwrite, progress=progress)
