@@ -22,6 +22,7 @@ from ..environment import facts
 from ..errors import ExportMismatch, UsageError, did_you_mean
 from ..exporters.artifact import CheckRecord, Manifest, open_artifact, read_manifest, seal
 from ..exporters.inputs import probe_batches, token_stream
+from ..exporters.model_card import write_model_card
 from ..exporters.program import ExportedProgram
 from ..exporters.settings import QUANTISED, ExportSettings
 from ..files import check_output_folder, files_below, read_json, staged_folder, write_json
@@ -29,6 +30,7 @@ from ..models.batching import Batch, Examples, pad
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
 from ..models.lineage import TRAINING_ROWS_FILE
+from ..models.terms import read_terms
 from ..prune.gradual import SparsityInTraining
 from ..prune.pruning import prune as prune_checkpoint
 from ..prune.settings import PruneSettings
@@ -170,13 +172,16 @@ def export(
         program_files = [path.as_posix() for path in files_below(folder) if path.as_posix() != "config.json"]
         checkpoint.model.config.save_pretrained(folder)
         checkpoint.tokenizer.save_pretrained(folder)
+        checkpoint.save_generation_config(folder)
         if checkpoint.task.name == "sentence-similarity":
             checkpoint.save_pooling(folder)
         if checkpoint.training_rows:
             write_json(folder / TRAINING_ROWS_FILE, dict(checkpoint.training_rows))
         manifest = _manifest(checkpoint, settings, program)
         checks = _check(checkpoint, settings, program, folder, manifest, batches, progress)
-        return seal(manifest.model_copy(update={"checks": checks, "program_files": program_files}), folder)
+        manifest = manifest.model_copy(update={"checks": checks, "program_files": program_files})
+        write_model_card(manifest, folder, checkpoint.terms)
+        return seal(manifest, folder)
 
 
 def _for_model(settings: ExportSettings, checkpoint: Checkpoint) -> ExportSettings:
@@ -259,7 +264,9 @@ def build(kit: Path, out: Path, *, overwrite: bool = False, progress: Progress =
             shutil.copyfile(kit / name, folder / name)
         evidence = backend.build(kit, manifest, folder, progress.say)
         changes = {"format": backend.built_format, "is_kit": False, "unverified": None, "program_files": []}
-        return seal(manifest.model_copy(update={**changes, "evidence": {**manifest.evidence, **evidence}}), folder)
+        built = manifest.model_copy(update={**changes, "evidence": {**manifest.evidence, **evidence}})
+        write_model_card(built, folder, read_terms(kit))
+        return seal(built, folder)
 
 
 def validate(
