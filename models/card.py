@@ -21,7 +21,9 @@ _LONGEST_VALUE = 120
 
 def write_checkpoint_card(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the card of a checkpoint into its folder."""
-    config = checkpoint.model.config
+    model = checkpoint.model
+    # `checkpoint.parameters` would drop the unused pooler from a model that is only being saved.
+    sizes = (part.numel() for name, part in model.named_parameters() if not name.startswith("pooler."))
     write_card(
         folder,
         _TEMPLATE,
@@ -30,9 +32,9 @@ def write_checkpoint_card(checkpoint: Checkpoint, folder: Path) -> None:
         {
             "title": title(checkpoint.lineage),
             "auto_class": checkpoint.task.auto_class,
-            "plain": not hasattr(config, SHAPES_KEY),
+            "plain": not hasattr(model.config, SHAPES_KEY),
             "sentences": checkpoint.task.name == "sentence-similarity",
-            "parameters": checkpoint.parameters,
+            "parameters": sum(sizes),
             "max_length": checkpoint.max_length,
             "hash": checkpoint.hash,
             "lineage": checkpoint.lineage,
@@ -49,7 +51,8 @@ def write_card(folder: Path, template: Path, terms: Terms, header: Mapping[str, 
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    data = ModelCardData(**terms.header, **header)
+    of_both: dict[str, Any] = {**terms.header, **header}
+    data = ModelCardData(**of_both)
     known = {"licence": _licence(terms), "history": history(facts["lineage"])}
     ModelCard.from_template(data, template_path=str(template), **{**facts, **known}).save(folder / CARD_FILE)
 
@@ -87,12 +90,12 @@ def history(lineage: Lineage) -> str:
     same way has the same history."""
     if not lineage.steps:
         return f"limbeck has neither distilled nor pruned it: the weights are those of {plain(lineage.origin)}."
-    return "\n\n".join(
-        "\n".join(
-            [f"### {number}. {_DONE[step.verb]}: {plain(step.method)}", "", *(f"- {line}" for line in _told(step))]
-        )
-        for number, step in enumerate(lineage.steps, 1)
-    )
+    return "\n\n".join(_section(number, step) for number, step in enumerate(lineage.steps, 1))
+
+
+def _section(number: int, step: Step) -> str:
+    headline = f"### {number}. {_DONE[step.verb]}: {plain(step.method)}"
+    return "\n".join([headline, "", *(f"- {line}" for line in _told(step))])
 
 
 def _told(step: Step) -> Iterator[str]:
