@@ -43,7 +43,9 @@ STATIC = ShapeRange(min_batch=2, opt_batch=2, max_batch=2, min_sequence=24, opt_
 ALONE = """
 import runpy, sys
 sys.modules["limbeck"] = None  # from here on it cannot be imported
-runpy.run_path(sys.argv[1])
+for program in sys.argv[1:]:
+    runpy.run_path(program)
+    print("the end")
 """
 
 
@@ -70,7 +72,7 @@ CASES = [
     Case("mpnet", "sentence-similarity", "onnx"),
     Case("roberta", "fill-mask", "onnx", "int8"),
     Case("gpt2", "text-generation", "onnx", shapes=STATIC),
-    Case("electra", "text-classification", "openvino", "int8"),
+    Case("electra", "text-classification", "openvino", "bf16"),
     Case("bert", "token-classification", "openvino", shapes=STATIC),
     Case("bert", "sentence-similarity", "openvino", "int8"),
     Case("bert", "fill-mask", "openvino", "fp16", uneven=True),
@@ -116,21 +118,18 @@ def programs(folder: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", card_of(folder).text, re.MULTILINE | re.DOTALL)
 
 
-def run_alone(program: str, folder: Path, scratch: Path) -> str:
-    """What the program prints in the artifact's folder, in a Python that has no limbeck."""
-    file = scratch / "example.py"
-    file.write_text(program)
+def run_alone(programs: list[str], folder: Path, scratch: Path) -> list[str]:
+    """What each program prints in the artifact's folder, in a Python that has no limbeck."""
+    files = [scratch / f"example-{number}.py" for number in range(len(programs))]
+    for file, program in zip(files, programs, strict=True):
+        file.write_text(program)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", ALONE, *map(str, files)]
     done = subprocess.run(
-        [sys.executable, "-c", ALONE, str(file)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0, f"{program}\n{done.stderr[-3_000:]}"
-    return done.stdout.strip()
+    assert done.returncode == 0, done.stderr[-3_000:]
+    return [said.strip() for said in done.stdout.split("the end\n")[:-1]]
 
 
 def answer(case: Case, folder: Path) -> str:
@@ -171,8 +170,9 @@ def test_the_cards_programs_run_without_limbeck_and_answer_as_it_does(
     expected = answer(case, folder)
     found = programs(folder)
     assert len(found) == (1 if case.backend == "tensorrt" else 2)
-    for program in found:
-        printed = run_alone(program, folder, tmp_path)
+    printed_by = run_alone(found, folder, tmp_path)
+    assert len(printed_by) == len(found)
+    for printed in printed_by:
         if case.task == "sentence-similarity":
             assert float(printed) == pytest.approx(float(expected), abs=0.002)
         else:
@@ -187,8 +187,8 @@ def test_the_cards_programs_run_without_limbeck_and_answer_as_it_does(
 
 
 def test_limbeck_is_out_of_reach_of_the_programs(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="import of limbeck halted"):
-        run_alone("import limbeck.files", tmp_path, tmp_path)
+    with pytest.raises(AssertionError, match="ModuleNotFoundError"):
+        run_alone(["import limbeck.files"], tmp_path, tmp_path)
 
 
 def test_a_kit_says_how_it_is_built(artifact: Callable[[Case], Path]) -> None:
@@ -305,9 +305,10 @@ def test_a_snapshot_of_the_hub_is_read_through_its_links(licensed: Path, tmp_pat
     assert terms.files == {"LICENSE": b"Boil before use.\r\n"}
 
 
-@pytest.mark.parametrize(
-    "header", ["---\nlicense: [\n---\n", "---\n- a\n---\n", "---\nlicense: {a: 1}\n---\n", "", "\xff"]
-)
+UNREADABLE = ["---\nlicense: [\n---\n", "---\n- a\n---\n", "---\nlicense: {a: 1}\n---\n", "", "\xff"]
+
+
+@pytest.mark.parametrize("header", UNREADABLE)
 def test_a_card_that_does_not_read_keeps_no_model_from_loading(licensed: Path, header: str) -> None:
     (licensed / "README.md").write_bytes(header.encode("latin-1"))
     assert load_checkpoint(licensed).terms.header == {}
