@@ -77,7 +77,7 @@ def _examples_facts(manifest: Manifest) -> dict[str, Any]:
 
 
 def _range(smallest: int, largest: int) -> str:
-    return f"{smallest} to {largest}" if smallest < largest else f"{smallest} and no other"
+    return f"{smallest} to {largest}" if smallest < largest else f"just {smallest}"
 
 
 def _tensors(manifest: Manifest) -> Iterator[tuple[str, str]]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _TEMPLATE = Path(__file__).parent / "checkpoint_card.md.j2"
 _DONE = {"distill": "Distilled", "prune": "Pruned"}
 _LONGEST_VALUE = 120
+_BOOKKEEPING = ("throughput", "grad_norm", "learning_rate")
+"""Curves that say how training went on that machine, and nothing of the model."""
 
 
 def write_checkpoint_card(checkpoint: Checkpoint, folder: Path) -> None:
@@ -104,7 +106,7 @@ def _told(step: Step) -> Iterator[str]:
         yield f"Result: {plain(step.note)}"
     if step.widths:
         yield f"Kept: {_widths(step)}."
-    if curves := [curve for curve in step.curves if curve.values]:
+    if curves := [curve for curve in step.curves if curve.values and curve.name not in _BOOKKEEPING]:
         yield f"Measured while training, at the first step and at the last: {'; '.join(map(_ends, curves))}."
     if step.similarity is not None:
         before, after = (
