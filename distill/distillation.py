@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -143,7 +143,8 @@ class _Run:
             similarity=similarity,
             note=note,
         )
-        return self.student.after(trained, step, self.data)
+        learnt = self.student.after(trained, step, self.data)
+        return replace(learnt, terms=self.student.terms.joined_by(self.teacher.terms)) if taught else learnt
 
     def _tokenise(self, teacher: Checkpoint | None) -> TrainingData:
         length = min(self.settings.max_length or self.student.max_length, self.student.max_length)

@@ -14,6 +14,7 @@ from ..environment import cpu_facts, gpu_facts, versions
 from ..errors import InputError, IntegrityError
 from ..files import files_below, path_inside, read_document, sha256_of_file, sha256_of_json, total_size, write_json
 from ..models.lineage import Lineage
+from ..models.terms import CARD_FILE
 from .settings import ExportSettings
 
 MANIFEST_FILE = "manifest.json"
@@ -110,7 +111,8 @@ def seal(manifest: Manifest, folder: Path) -> Manifest:
 
 
 def _id_of(hashes: Mapping[str, str]) -> str:
-    return sha256_of_json(hashes)[:16]
+    """The card is left out, as the manifest is, which it restates: it has figures that were measured here."""
+    return sha256_of_json({name: value for name, value in hashes.items() if name != CARD_FILE})[:16]
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import InputError, first_line
 from ..files import read_json, staged_folder, write_json, write_text
 from .batching import Batch
+from .card import write_checkpoint_card
 from .data import Data, read_data
 from .embedding import MODULES_FILE, Pooling, read_pooling
 from .features import FeatureRecorder
@@ -27,6 +28,7 @@ from .mapped import in_float32
 from .shapes import KEY as SHAPES_KEY
 from .shapes import class_for
 from .tasks import TASKS, Task, get_task
+from .terms import HUB_PATTERNS, Terms, read_terms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +54,8 @@ class Checkpoint:
     pooling: Pooling = field(default_factory=Pooling)
     training_rows: Mapping[str, list[str]] = field(default_factory=dict)
     """Data fingerprint to row hashes: every row that any step has trained on."""
+    terms: Terms = field(default_factory=Terms)
+    """Licence and descent, as the source states them."""
     recorded: tuple[str, ...] = ()
     """Features (see `models/features.py`) that the module returns beside its outputs."""
 
@@ -128,6 +132,14 @@ class Checkpoint:
                 write_json(staging / TRAINING_ROWS_FILE, dict(self.training_rows))
             if self.task.name == "sentence-similarity":
                 self.save_pooling(staging)
+            self.terms.save(staging)
+            write_checkpoint_card(self, staging)
+
+    def save_generation_config(self, folder: Path) -> None:
+        """Write `generation_config.json` as it is, where the model generates (`save_pretrained` refuses those that
+        say what it would not)."""
+        if self.model.can_generate() and self.model.generation_config is not None:
+            self.model.generation_config.to_json_file(folder / "generation_config.json")
 
     def save_pooling(self, folder: Path) -> None:
         """Write `modules.json` and what it names, so that sentence-transformers opens the folder too."""
@@ -184,6 +196,7 @@ def load_checkpoint(source: str | Path, task: str | None = None, trust_remote_co
         hash=hash_of_model(model),
         pooling=read_pooling(folder) if chosen.name == "sentence-similarity" else Pooling(),
         training_rows=read_json(training_rows) if training_rows.exists() else {},
+        terms=read_terms(folder, hub_id=None if Path(source).is_dir() else str(source)),
     )
 
 
@@ -213,7 +226,7 @@ def _hub_snapshot(source: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", *HUB_PATTERNS]
     try:
         folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:

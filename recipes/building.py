@@ -10,10 +10,12 @@ from ..backends.base import BuildJob, Runner
 from ..backends.registry import backend_of_format, get_backend
 from ..errors import ExportMismatch, UsageError
 from ..exporters.artifact import CheckRecord, Manifest, open_artifact, seal
+from ..exporters.model_card import write_model_card
 from ..exporters.settings import ExportSettings
 from ..files import check_output_folder, read_json, staged_folder
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
+from ..models.terms import read_terms
 from ..validate.latency_worker import random_ids, vocabulary_of
 from ..validate.parity import check_parity
 from .exporting import export
@@ -51,7 +53,9 @@ def build(
         built = manifest.model_copy(update={**changes, "evidence": {**manifest.evidence, **evidence}})
         progress.say("comparing outputs with the kit's")
         check = check_built(backend.load(folder, built), backend.load(kit, manifest), built, folder)
-        return seal(built.model_copy(update={"checks": [*built.checks, check]}), folder)
+        built = built.model_copy(update={"checks": [*built.checks, check]})
+        write_model_card(built, folder, read_terms(kit))
+        return seal(built, folder)
 
 
 def check_built(program: Runner, kit: Runner, built: Manifest, folder: Path) -> CheckRecord:

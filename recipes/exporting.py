@@ -13,6 +13,7 @@ from ..backends.registry import backend_for, get_backend
 from ..errors import ExportMismatch, UsageError
 from ..exporters.artifact import CheckRecord, Manifest, seal
 from ..exporters.inputs import probe_batch, probe_batches, token_stream
+from ..exporters.model_card import write_model_card
 from ..exporters.program import ExportedProgram, Floor
 from ..exporters.settings import QUANTISED, ExportSettings
 from ..files import check_output_folder, files_below, staged_folder, write_json
@@ -89,7 +90,9 @@ def export(
             timed = beside_float and settings.precision in QUANTISED and not program.is_kit
             caveats = _slower_than_float(checkpoint, settings, runner, progress) if timed else []
         changes = {"checks": checks, "program_files": program_files, "caveats": caveats}
-        return seal(manifest.model_copy(update=changes), folder)
+        manifest = manifest.model_copy(update=changes)
+        write_model_card(manifest, folder, checkpoint.terms)
+        return seal(manifest, folder)
 
 
 def _for_model(settings: ExportSettings, checkpoint: Checkpoint) -> ExportSettings:
@@ -123,9 +126,10 @@ def _floor(checkpoint: Checkpoint, data: Data | None, share: float | None, progr
 
 
 def _write_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    """What goes with a program whatever the backend: configuration, tokenizer, pooling, hashes of the training rows."""
+    """What goes with a program whatever the backend: configurations, tokenizer, pooling, hashes of the training rows."""
     checkpoint.model.config.save_pretrained(folder)
     checkpoint.tokenizer.save_pretrained(folder)
+    checkpoint.save_generation_config(folder)
     if checkpoint.task.name == "sentence-similarity":
         checkpoint.save_pooling(folder)
     if checkpoint.training_rows:

@@ -45,7 +45,8 @@ from .exporting import export
 from .progress import SILENT, Progress
 
 __all__ = [
-    "bench", "build", "command_line", "distill", "evaluation_on", "export", "export_for_device", "prune", "sparsification", "validate",
+    "bench", "build", "command_line", "distill", "evaluation_on", "export", "export_for_device", "prune",
+    "sparsification", "validate",
 ]  # fmt: skip
 
 

@@ -23,6 +23,9 @@ texts = [sources.data(name) for name in (recipe.data.train, recipe.data.validati
 assert all(open(text, "rb").read(2) == b"\\x1f\\x8b" for text in texts)
 report = Report(kind="run", title="smoke", created="2026-01-01T00:00:00+00:00", command="")
 assert "smoke" in rendering.render_html(report)
+from pathlib import Path
+rooms = Path(limbeck.__file__).parent
+assert (rooms / "models/checkpoint_card.md.j2").is_file() and (rooms / "exporters/artifact_card.md.j2").is_file()
 print(limbeck.__file__)
 """
 

@@ -1,0 +1,391 @@
+"""What an artifact tells a stranger: its card, whose programs run where there is no limbeck, and its licence."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoConfig, AutoTokenizer
+
+import limbeck
+from limbeck.backends.registry import load_runner
+from limbeck.errors import InputError, IntegrityError
+from limbeck.exporters.artifact import Manifest, open_artifact
+from limbeck.exporters.model_card import write_model_card
+from limbeck.exporters.settings import ExportSettings, ShapeRange
+from limbeck.models.checkpoint import Checkpoint, load_checkpoint
+from limbeck.models.data import Data
+from limbeck.models.lineage import Step
+from limbeck.models.shapes import KEY
+from limbeck.models.surgery import Selection, select
+from limbeck.models.terms import Terms, read_terms
+from limbeck.prune.settings import PruneSettings
+from limbeck.recipes.steps import export, prune
+
+TinyCheckpoint = Callable[..., Path]
+WriteRows = Callable[..., Path]
+SMALL = ShapeRange(max_batch=8, opt_batch=2, max_sequence=32, opt_sequence=16)
+STATIC = ShapeRange(min_batch=2, opt_batch=2, max_batch=2, min_sequence=24, opt_sequence=24, max_sequence=24)
+ALONE = """
+import runpy, sys
+sys.modules["limbeck"] = None  # from here on it cannot be imported
+for program in sys.argv[1:]:
+    runpy.run_path(program)
+    print("the end")
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One artifact; between them, every task in every runtime that opens it."""
+
+    family: str
+    task: str
+    backend: str
+    precision: str = "fp32"
+    shapes: ShapeRange = SMALL
+    uneven: bool = False
+    """Its layers differ in size."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend}-{self.precision}-{self.family}-{self.task}"
+
+
+CASES = [
+    Case("bert", "text-classification", "onnx", uneven=True),
+    Case("distilbert", "token-classification", "onnx", "fp16"),
+    Case("mpnet", "sentence-similarity", "onnx"),
+    Case("roberta", "fill-mask", "onnx", "int8"),
+    Case("gpt2", "text-generation", "onnx", shapes=STATIC),
+    Case("electra", "text-classification", "openvino", "bf16"),
+    Case("bert", "token-classification", "openvino", shapes=STATIC),
+    Case("bert", "sentence-similarity", "openvino", "int8"),
+    Case("bert", "fill-mask", "openvino", "fp16", uneven=True),
+    Case("llama", "text-generation", "openvino", "native"),
+    Case("distilbert", "text-classification", "tensorrt", "fp16"),
+]
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory, texts: list[str], write_jsonl: WriteRows) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", [{"text": text} for text in texts])
+
+
+@pytest.fixture(scope="module")
+def artifact(
+    tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory, calibration: Path
+) -> Callable[[Case], Path]:
+    def make(case: Case) -> Path:
+        checkpoint = load_checkpoint(tiny_checkpoint(case.family, task=case.task), case.task)
+        if case.uneven:
+            checkpoint = uneven(checkpoint)
+        settings = ExportSettings.model_validate(
+            {"backend": case.backend, "precision": case.precision, "shapes": case.shapes}
+        )
+        rows = checkpoint.read(calibration) if case.precision == "int8" else None
+        out = tmp_path_factory.mktemp("artifacts") / case.name
+        export(checkpoint, settings, out, calibration=rows)
+        return out
+
+    return make
+
+
+def uneven(checkpoint: Checkpoint) -> Checkpoint:
+    smaller = select(checkpoint.model, Selection(ffn=[torch.arange(24), torch.arange(3, 43)]))
+    return dataclasses.replace(checkpoint, model=smaller)
+
+
+def card_of(folder: Path) -> ModelCard:
+    return ModelCard.load(folder / "README.md")
+
+
+def programs(folder: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", card_of(folder).text, re.MULTILINE | re.DOTALL)
+
+
+def run_alone(programs: list[str], folder: Path, scratch: Path) -> list[str]:
+    """What each program prints in the artifact's folder, in a Python that has no limbeck."""
+    files = [scratch / f"example-{number}.py" for number in range(len(programs))]
+    for file, program in zip(files, programs, strict=True):
+        file.write_text(program)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", ALONE, *map(str, files)]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3_000:]
+    return [said.strip() for said in done.stdout.split("the end\n")[:-1]]
+
+
+def answer(case: Case, folder: Path) -> str:
+    """What limbeck's own runner says to the examples' texts."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    runner, manifest = load_runner(folder, threads=1)
+    batch, length = case.shapes.min_batch, case.shapes.min_sequence
+
+    def run(text: str) -> tuple[Any, Any]:
+        tokens = tokenizer(text)
+        feed = {name: torch.tensor([[*ids, *[0] * (length - len(ids))]] * batch) for name, ids in tokens.items()}
+        return tokens, runner(feed)[manifest.outputs[0].name][0]
+
+    labels = AutoConfig.from_pretrained(folder).id2label
+    if case.task == "text-classification":
+        return str(labels[int(run("I was delighted with the hotel.")[1].argmax())])
+    if case.task == "token-classification":
+        words = ["Anna", "and", "Peter", "opened", "a", "bakery", "in", "Prague", "."]
+        tokens, logits = run("Anna and Peter opened a bakery in Prague.")
+        found = [labels[int(logits[tokens.word_ids().index(place)].argmax())] for place in range(len(words))]
+        return "\n".join(f"{word} {label}" for word, label in zip(words, found, strict=True) if label != "O")
+    if case.task == "sentence-similarity":
+        _, first = run("A cat is sleeping in the sun.")
+        _, second = run("The cat naps where it is sunny.")
+        return f"{np.dot(first, second) / (np.linalg.norm(first) * np.linalg.norm(second)):.3f}"
+    if case.task == "fill-mask":
+        tokens, logits = run(f"The capital of France is {tokenizer.mask_token}.")
+        return str(tokenizer.decode([logits[tokens["input_ids"].index(tokenizer.mask_token_id)].argmax()])).strip()
+    tokens, logits = run("The old man looked at the")
+    return str(tokenizer.decode([logits[len(tokens["input_ids"]) - 1].argmax()])).strip()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_cards_programs_run_without_limbeck_and_answer_as_it_does(
+    case: Case, artifact: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    folder = artifact(case)
+    expected = answer(case, folder)
+    found = programs(folder)
+    assert len(found) == (1 if case.backend == "tensorrt" else 2)
+    printed_by = run_alone(found, folder, tmp_path)
+    assert len(printed_by) == len(found)
+    for printed in printed_by:
+        if case.task == "sentence-similarity":
+            assert float(printed) == pytest.approx(float(expected), abs=0.002)
+        else:
+            assert printed == expected and printed
+    open_artifact(folder)  # the examples leave nothing behind
+    config = AutoConfig.from_pretrained(folder)
+    assert hasattr(config, KEY) == case.uneven
+    assert (folder / "generation_config.json").exists() == (case.task == "text-generation")
+    if case.backend == "openvino" and case.precision != "native":
+        hint = json.loads((folder / "manifest.json").read_text())["compile_properties"]["INFERENCE_PRECISION_HINT"]
+        assert all(f'"INFERENCE_PRECISION_HINT": "{hint}"' in program for program in found)
+
+
+def test_limbeck_is_out_of_reach_of_the_programs(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="ModuleNotFoundError"):
+        run_alone(["import limbeck.files"], tmp_path, tmp_path)
+
+
+def test_a_kit_says_how_it_is_built(artifact: Callable[[Case], Path]) -> None:
+    text = card_of(artifact(CASES[-1])).text
+    assert "limbeck build . --out ../engine" in text
+    assert "## What is unverified\n\nNever built or run on a GPU." in text
+
+
+def test_the_same_export_has_the_same_id_and_card_wherever_it_is_made(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    source = tmp_path / "elsewhere" / tiny_checkpoint("bert").name
+    shutil.copytree(tiny_checkpoint("bert"), source)
+    made = []
+    for number, folder in enumerate((tiny_checkpoint("bert"), source)):
+        out = tmp_path / str(number)
+        made.append((export(load_checkpoint(folder), settings(), out).artifact_id, (out / "README.md").read_bytes()))
+    assert made[0] == made[1]
+    said = made[0][1].decode()
+    assert str(tmp_path) not in said and str(Path.cwd()) not in said
+    assert not re.search(r"\d\d:\d\d", said)
+
+
+def settings(backend: str = "onnx") -> ExportSettings:
+    return ExportSettings(backend=backend, shapes=SMALL)
+
+
+def test_figures_measured_here_are_no_part_of_the_id(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    manifest = export(load_checkpoint(tiny_checkpoint("bert")), settings(), tmp_path / "out")
+    assert "README.md" in manifest.files  # what the card says is held all the same
+    said = (tmp_path / "out" / "README.md").read_text()
+    (tmp_path / "out" / "README.md").write_text(said.replace("import onnxruntime", "import os"))
+    with pytest.raises(IntegrityError, match=r"README\.md is not the file"):
+        open_artifact(tmp_path / "out")
+
+
+# Terms.
+
+LICENSED = """---
+license: other
+license_name: kitchen-1.0
+license_link: LICENSE
+language: [en]
+base_model: somebody/kettle
+datasets: [tea]
+pipeline_tag: sentence-similarity
+---
+# Kettle
+"""
+
+
+@pytest.fixture
+def licensed(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> Path:
+    folder = tmp_path / "kettle"
+    shutil.copytree(tiny_checkpoint("bert"), folder)
+    (folder / "README.md").write_text(LICENSED)
+    (folder / "LICENSE").write_bytes(b"Boil before use.\r\n")
+    (folder / "NOTICE.txt").write_text("Kettles by Somebody.\n")
+    return folder
+
+
+def test_a_teachers_licence_travels_to_the_student_and_to_its_artifact(licensed: Path, tmp_path: Path) -> None:
+    student = prune(load_checkpoint(licensed), PruneSettings(structure="ffn", keep=0.5), rationale="it was too slow")
+    student.save(tmp_path / "student")
+    export(load_checkpoint(tmp_path / "student"), settings("openvino"), tmp_path / "artifact")
+    for folder in (tmp_path / "student", tmp_path / "artifact"):
+        header = card_of(folder).data
+        assert (header.license, header["license_name"], header["license_link"]) == ("other", "kitchen-1.0", "LICENSE")
+        assert (header.base_model, header.language) == ("somebody/kettle", ["en"])
+        assert header.datasets is None  # the student has not seen them
+        assert header.pipeline_tag == "sentence-similarity" and "pruning" in header.tags
+        assert (folder / "LICENSE").read_bytes() == b"Boil before use.\r\n"
+        assert (folder / "NOTICE.txt").read_text() == "Kettles by Somebody.\n"
+        text = card_of(folder).text
+        assert "**kitchen-1.0**" in text and "[NOTICE.txt](NOTICE.txt)" in text
+        assert "### 1. Pruned:" in text and "Why: it was too slow" in text and "32 of 64 channels" in text
+    assert {"LICENSE", "NOTICE.txt", "README.md"} <= set(open_artifact(tmp_path / "artifact").files)
+
+
+def test_a_source_without_a_licence_is_said_to_state_none(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    export(load_checkpoint(tiny_checkpoint("bert")), settings(), tmp_path / "out")
+    card = card_of(tmp_path / "out")
+    assert card.data.license is None and card.data.base_model is None
+    assert "states no licence" in card.text
+
+
+def test_a_student_of_another_origin_is_under_its_own_licence_and_its_teachers() -> None:
+    own = Terms({"license": "mit", "base_model": "a/b"}, {"LICENSE": b"MIT", "NOTICE": b"same"})
+    teacher = Terms({"license": "apache-2.0", "base_model": "c/d"}, {"LICENSE": b"Apache", "NOTICE": b"same"})
+    joined = own.joined_by(teacher)
+    assert joined.header == {"license": ["mit", "apache-2.0"], "base_model": "a/b"}
+    assert joined.files == {"LICENSE": b"MIT", "NOTICE": b"same", "LICENSE-2": b"Apache"}
+    assert joined.joined_by(teacher) == joined
+    assert own.joined_by(Terms()) == own
+
+
+def test_a_licence_is_not_read_from_outside_the_folder(licensed: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("key")
+    (licensed / "LICENSE").unlink()
+    (licensed / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match="points outside"):
+        load_checkpoint(licensed)
+
+
+def test_a_snapshot_of_the_hub_is_read_through_its_links(licensed: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for name in ("LICENSE", "README.md"):
+        shutil.copyfile(licensed / name, blobs / name)
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    terms = read_terms(snapshot, hub_id="a/b")
+    assert terms.header["license_name"] == "kitchen-1.0" and terms.header["base_model"] == "a/b"
+    assert terms.files == {"LICENSE": b"Boil before use.\r\n"}
+
+
+UNREADABLE = ["---\nlicense: [\n---\n", "---\n- a\n---\n", "---\nlicense: {a: 1}\n---\n", "", "\xff"]
+
+
+@pytest.mark.parametrize("header", UNREADABLE)
+def test_a_card_that_does_not_read_keeps_no_model_from_loading(licensed: Path, header: str) -> None:
+    (licensed / "README.md").write_bytes(header.encode("latin-1"))
+    assert load_checkpoint(licensed).terms.header == {}
+
+
+# History and engines.
+
+
+def made_manifest(checkpoint: Checkpoint, **changes: Any) -> Manifest:
+    values: dict[str, Any] = {
+        "format": "onnx",
+        "task": checkpoint.task.name,
+        "settings": settings(),
+        "parent_hash": checkpoint.hash,
+        "parent": "/somewhere/teacher",
+        "parameters": 1,
+        "inputs": [{"name": "input_ids", "dtype": "int64", "shape": [None, None]}],
+        "outputs": [{"name": "logits", "dtype": "float16", "shape": [None, 2]}],
+        "max_length": 64,
+        "lineage": checkpoint.lineage,
+    }
+    return Manifest.model_validate({**values, **changes})
+
+
+def test_what_others_wrote_does_not_become_code_or_structure(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint("bert", task="text-classification"))
+    sly = "good\n```python\nimport shutil\n```\n# Title | <script>"
+    step = Step(verb="distill", method=sly, rationale=sly, note=sly, settings={"config": "/home/me/config.json"})
+    output = {"name": '"]; import os; ["', "dtype": "float32", "shape": [None, 2]}
+    manifest = made_manifest(
+        checkpoint.after(checkpoint.model, step), outputs=[output], unverified=sly, versions={"torch": sly}
+    )
+    write_model_card(manifest, tmp_path, Terms())
+    text = card_of(tmp_path).text
+    assert text.count("```python") == 2 and "\n# Title" not in text and "<script>" not in text
+    assert "/home/me" not in text and "/somewhere" not in text and "config.json" in text
+    for program in programs(tmp_path):
+        imported = {
+            alias.name for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Import) for alias in node.names
+        }
+        assert imported <= {"onnxruntime"}
+
+
+def test_the_engines_program_calls_what_our_runner_calls(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    """No engine can be built here; what the runner calls is held to NVIDIA's bindings by its own tests."""
+    checkpoint = load_checkpoint(tiny_checkpoint("bert", task="text-classification"))
+    write_model_card(made_manifest(checkpoint, format="tensorrt-engine"), tmp_path, Terms())
+    (program,) = programs(tmp_path)
+    runner = (Path(limbeck.__file__).parent / "backends" / "tensorrt_engine.py").read_text()
+    used = calls_of_tensorrt(program)
+    assert {"runtime.deserialize_cuda_engine", "context.execute_async_v3", "trt.Runtime"} <= used
+    assert used <= calls_of_tensorrt(runner)
+    assert "dtype=torch.float16" in program
+
+
+def calls_of_tensorrt(code: str) -> set[str]:
+    names = (ast.unparse(node) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute))
+    plain = (name.removeprefix("self.").removeprefix("_") for name in names)
+    return {name for name in plain if name.partition(".")[0] in ("trt", "runtime", "engine", "context")}
+
+
+def test_a_format_of_a_plug_in_has_a_card_without_examples(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint("bert", task="text-classification"))
+    write_model_card(made_manifest(checkpoint, format="dynamo"), tmp_path, Terms())
+    assert programs(tmp_path) == [] and "limbeck backends" in card_of(tmp_path).text
+
+
+def test_a_distilled_students_card_tells_what_it_learnt_from(licensed: Path, tmp_path: Path, calibration: Path) -> None:
+    from limbeck.distill.settings import DistillSettings, StudentSettings
+    from limbeck.recipes.steps import distill
+
+    teacher = load_checkpoint(licensed)
+    data: Data = teacher.read(calibration)
+    student = distill(teacher, DistillSettings(student=StudentSettings(layers=1), max_steps=2), data)
+    student.save(tmp_path / "student")
+    card = card_of(tmp_path / "student")
+    assert card.data["license_name"] == "kitchen-1.0" and "distillation" in card.data.tags
+    assert "# kettle, distilled" in card.text and f"teacher `{teacher.hash[:16]}`" in card.text
+    assert "Data: rows.jsonl, 64 rows" in card.text and "student.layers=1" in card.text
+    assert str(tmp_path) not in card.text and "embedding-cosine" in card.text and "throughput" not in card.text
