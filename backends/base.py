@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # `limbeck backends` probes without loading torch
     import torch
 
     from ..exporters.artifact import Manifest
+    from ..exporters.layer_facts import ProgramFacts
     from ..exporters.options import BackendOptions
     from ..exporters.program import ExportedProgram
     from ..exporters.settings import ExportSettings, Precision
@@ -136,6 +137,16 @@ class Backend(ABC):
             BackendUnavailable: this backend needs no build, or the device or compiler is not here.
         """
         raise UsageError(f"An artifact of {self.name} needs no build: it runs as it was exported.")
+
+    def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts | None:
+        """What the files of a verified artifact tell of its layers, and the FLOPs of a call on [batch, sequence]
+        tokens; `None`: it is not known, as for a backend that does not define this.
+
+        Raises:
+            BackendUnavailable: a package that reads the files is missing.
+            InputError: files that do not parse.
+        """
+        return None
 
     def compile_properties(self, manifest: Manifest) -> dict[str, str]:
         """What the manifest asks of the runtime.

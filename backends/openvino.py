@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..exporters.artifact import Manifest
+    from ..exporters.layer_facts import ProgramFacts
     from ..exporters.options import OpenVINOOptions
     from ..exporters.program import ExportedProgram
 
@@ -134,3 +135,12 @@ class OpenVINOBackend(Backend):
         if not available.can_run:
             raise BackendUnavailable(f"OpenVINO is needed to open {folder}: {available.reason}.", available.mend)
         return OpenVINORunner(folder / GRAPH_FILE, self.compile_properties(manifest), threads)
+
+    def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts:
+        if not is_importable("openvino"):
+            raise BackendUnavailable("Reading an OpenVINO IR needs openvino, which is not installed.", _INSTALL)
+        from ..exporters.openvino import GRAPH_FILE
+        from ..exporters.openvino_facts import openvino_facts
+
+        no_kernels = "limbeck asks OpenVINO for no kernels for sparse weights"
+        return openvino_facts(folder / GRAPH_FILE, manifest.compile_properties, batch, sequence, no_kernels)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..exporters.artifact import Manifest
+    from ..exporters.layer_facts import ProgramFacts
     from ..exporters.program import ExportedProgram
 
 KIT, ENGINE = "tensorrt", "tensorrt-engine"
@@ -105,6 +106,16 @@ class TensorRTBackend(Backend):
         from .tensorrt_build import build_engine
 
         return build_engine(kit, BuildPlan.load(kit), folder / PLAN_NAME, progress)
+
+    def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts | None:
+        if manifest.format != KIT:
+            return None  # an engine shows its layers to TensorRT alone
+        if not is_importable("onnx"):
+            raise BackendUnavailable("Reading a kit's graph needs onnx, which is not installed.", _INSTALL_EXPORT)
+        from ..exporters.onnx import GRAPH_FILE
+        from ..exporters.onnx_facts import onnx_facts
+
+        return onnx_facts(folder / GRAPH_FILE, batch, sequence)
 
 
 class KitRunner(Runner):
