@@ -17,6 +17,7 @@ from .sparsity import WeightUse, sparse_layer
 
 _OUTSIDE = "it is outside the layers: poolers and heads stay dense"
 _LOOKED_UP = "its rows are looked up, not multiplied"
+_PRUNED = 0.2  # fewer zeros than that come of rounding alone: to int4 a tenth
 _EAGER = "float32"  # what eager checkpoints are loaded in, however they are stored
 _STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8", "U8": "uint8"}
 
@@ -39,6 +40,8 @@ class LayerFacts(SparseLayer):
         if not self.computed:
             return self.stored
         if _bits(self.stored) is None:
+            if _bits(self.computed) is not None:
+                return f"{self.stored}, quantised when run"
             return self.stored if self.computed == self.stored else f"{self.stored}, computed in {self.computed}"
         weights = self.stored.removeprefix("u")
         if _bits(self.computed) is None:
@@ -49,10 +52,12 @@ class LayerFacts(SparseLayer):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def sparsity(self) -> str:
-        """The zeros in words. Rounding to integers makes some where there were none."""
+        """The zeros in words."""
         if self.pattern and self.zeros:
             return "2:4"
-        return f"unstructured, {self.zeros:.1%}" if self.zeros >= 0.0005 else "dense"
+        if self.zeros >= _PRUNED:
+            return f"unstructured, {self.zeros:.1%}"
+        return f"dense, {self.zeros:.1%} zeros" if self.zeros >= 0.0005 else "dense"
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -270,7 +270,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
 
 MATRIX_KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "gate+up", "down")
 """What the matrices of a layer are for, in the order in which a layer uses them."""
-_IN_A_LAYER = re.compile(r"(?:^|\.)(?P<layer>\d+)\.(?P<part>.+)$")
+_IN_A_LAYER = re.compile(r"(?:^|\.)(?P<layer>\d{1,6})\.(?P<part>.+)$")
 
 
 @dataclass(frozen=True)
