@@ -125,6 +125,8 @@ def summary_table(summary: dict[str, Any]) -> Iterator[Table | str]:
 
 
 def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    from ..validate.report import size_text
+
     for name, value in summary.items():
         if name == "size_bytes":
             yield "size", f"{size_text(value)} ({value:,} bytes)"
@@ -161,14 +163,6 @@ def _scaled(number: float) -> str:
         if number >= 10**power:
             return f"{number / 10**power:,.3g} {name}"
     return f"{number:,} "
-
-
-def size_text(size: float) -> str:
-    """Bytes for people, in powers of 1000."""
-    for power, name in ((9, "GB"), (6, "MB"), (3, "kB")):
-        if size >= 10**power:
-            return f"{size / 10**power:,.1f} {name}"
-    return f"{size:,.0f} bytes"
 
 
 def _ranges_text(spec: dict[str, Any]) -> str:

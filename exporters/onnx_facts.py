@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import onnx
 
 _COUNTED = 2
-"""The inference of shapes cannot tell an axis of 1 from one that is stretched, so no axis is 1 when products are counted.
+"""The inference of shapes cannot tell an axis of 1 from one that is stretched, so none is 1 when products are counted.
 FLOPs grow in proportion to the batch: they are those of a batch of 2, halved. In the sequence they are a polynomial of
 the second degree (attention is its square): one token's follow from those of 2, 3 and 4."""
 

@@ -24,11 +24,11 @@ from ..exporters.artifact import CheckRecord, Manifest, open_artifact, read_mani
 from ..exporters.inputs import probe_batches, token_stream
 from ..exporters.program import ExportedProgram
 from ..exporters.settings import QUANTISED, ExportSettings
-from ..files import check_output_folder, files_below, read_json, staged_folder, write_json
+from ..files import check_output_folder, files_below, staged_folder, write_json
 from ..models.batching import Batch, Examples, pad
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
-from ..models.lineage import TRAINING_ROWS_FILE
+from ..models.lineage import TRAINING_ROWS_FILE, read_training_rows
 from ..prune.gradual import SparsityInTraining
 from ..prune.pruning import prune as prune_checkpoint
 from ..prune.settings import PruneSettings
@@ -318,8 +318,7 @@ def command_line() -> str:
 
 
 def _training_rows(folder: Path) -> set[str]:
-    path = folder / TRAINING_ROWS_FILE
-    return {row for rows in read_json(path).values() for row in rows} if path.exists() else set()
+    return {row for rows in read_training_rows(folder).values() for row in rows}
 
 
 def _notes(opened: dict[str, Manifest]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The picture of a model's layers: a row a layer, a column a kind of matrix, its size, precision and zeros in each cell."""
+"""The picture of a model's layers: a row a layer, a column a kind of matrix; size, precision and zeros in each cell."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ...errors import InputError
 from ...exporters.layer_facts import LayerFacts, ProgramFacts
 from ...files import write_text
 from ...models.anatomy import MATRIX_KINDS
+from ..report import size_text
 from .pages import page_environment
 from .svg import element, line, text
 
@@ -26,7 +27,8 @@ _COLOURS = {"float32": "s0", "float16": "s1", "bfloat16": "s6", "int8 weights an
 _OTHER = "s4"
 _STYLE = """
 .layers { font: 11.5px system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-.layers text { fill: var(--ink); } .layers .soft { fill: var(--soft); } .layers .name { font-size: 17px; font-weight: 650; }
+.layers text { fill: var(--ink); } .layers .soft { fill: var(--soft); }
+.layers .name { font-size: 17px; font-weight: 650; }
 .layers .number { font-variant-numeric: tabular-nums; } .layers .strong { font-weight: 700; }
 .card { fill: var(--card); } .rule { stroke: var(--rule); }
 .zeros { fill: var(--faint); stroke: var(--soft); stroke-width: .8; stroke-dasharray: 3 2; }
@@ -69,7 +71,7 @@ def draw_layers(facts: ProgramFacts, name: str) -> Markup:
         parts += [line(14, top, width - 14, top, "rule"), text(14, top + 19, f"layer {number}", "number")]
         there = [layer for (owner, _), layer in inside.items() if owner == number]
         size = sum(layer.size_bytes for layer in there)
-        parts.append(text(width - 14, top + 19, _size(size), "number", "end"))
+        parts.append(text(width - 14, top + 19, size_text(size), "number", "end"))
         for column, kind in enumerate(columns):
             if layer := inside.get((number, kind)):
                 parts.append(_cell(_LEFT + column * (_CELL + _GAP), top + 8, layer, most))
@@ -94,7 +96,7 @@ def _style() -> Markup:
 def _heading(facts: ProgramFacts, name: str, layers: int) -> Markup:
     size = sum(layer.size_bytes for layer in (*facts.layers, *facts.tables))
     matrices = len(facts.layers)
-    told = f"{layers} layers, {matrices} matrices that are multiplied; {_size(size)} of weights as stored"
+    told = f"{layers} layers, {matrices} matrices that are multiplied; {size_text(size)} of weights as stored"
     return Markup("").join([text(14, 28, _clean(name), "name"), text(14, 46, told, "soft")])
 
 
@@ -102,13 +104,13 @@ def _cell(x: float, y: float, layer: LayerFacts, most: int) -> Markup:
     length = max(_CELL * layer.shape[0] * layer.shape[1] / most, 2.0)
     kept = length * (1 - layer.zeros)
     told = (f"{_clean(layer.layer)}: {layer.shape[0]} x {layer.shape[1]}, {layer.precision}, {layer.sparsity}, "
-            f"{_size(layer.size_bytes)}")  # fmt: skip
+            f"{size_text(layer.size_bytes)}")  # fmt: skip
     parts = [element("title", told)]
     if layer.zeros:
         parts.append(element("rect", x=x, y=y, width=length, height=_BAR, class_="zeros"))
     parts.append(element("rect", x=x, y=y, width=kept, height=_BAR, class_=_colour(layer)))
     parts.append(text(x, y + 26, f"{layer.shape[0]} × {layer.shape[1]}", "soft number"))
-    if layer.sparsity != "dense" and not layer.sparsity.startswith("dense"):
+    if not layer.sparsity.startswith("dense"):
         short = "2:4" if layer.sparsity == "2:4" else f"{layer.zeros:.0%} zeros"
         parts.append(text(x + _CELL, y + 26, short, "strong number", "end"))
     return element("g", *parts)
@@ -125,7 +127,7 @@ def _outside(layers: Sequence[LayerFacts], y: float, width: float) -> Markup:
         name = _clean(layer.layer)
         shown = name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
         parts.append(text(30, row, f"{shown}  {layer.shape[0]:,} × {layer.shape[1]:,}", "number"))
-        parts.append(text(width - 14, row, _size(layer.size_bytes), "number", "end"))
+        parts.append(text(width - 14, row, size_text(layer.size_bytes), "number", "end"))
     if len(layers) > _LISTED:
         parts.append(text(30, y + (_LISTED + 1) * _LINE, f"and {len(layers) - _LISTED} more", "soft"))
     return Markup("").join(parts)
@@ -157,13 +159,6 @@ def _named(layer: LayerFacts) -> str:
 def _colour(layer: LayerFacts) -> str:
     words = _named(layer)
     return next((class_ for start, class_ in _COLOURS.items() if words.startswith(start)), _OTHER)
-
-
-def _size(size: int) -> str:
-    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
-        if size >= 10**power:
-            return f"{size / 10**power:,.1f} {unit}"
-    return f"{size} bytes"
 
 
 def _clean(words: str) -> str:
