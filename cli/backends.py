@@ -78,8 +78,9 @@ def _device(device: dict[str, Any]) -> Iterator[str]:
     yield f"Memory: {_gigabytes(free)} of {_gigabytes(total)} available"
     for gpu in device["gpus"]:
         sparse = "with" if gpu["sparse_tensor_cores"] else "without"
-        yield (f"GPU: {gpu.get('name')}, driver {gpu.get('driver_version')}, compute capability {gpu.get('compute_cap')}, "
-               f"{gpu.get('memory.total')}, {sparse} sparse tensor cores")  # fmt: skip
+        capability = f"compute capability {gpu.get('compute_cap')}"
+        yield (f"GPU: {gpu.get('name')}, driver {gpu.get('driver_version')}, {capability}, {gpu.get('memory.total')}, "
+               f"{sparse} sparse tensor cores")  # fmt: skip
     if not device["gpus"]:
         yield "GPU: none that nvidia-smi lists"
 

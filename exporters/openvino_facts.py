@@ -97,7 +97,8 @@ def _weight_of(node: Any) -> _Weight | None:
     if kind == "Constant":
         stored = node.get_element_type().get_type_name()
         packed = stored in ("i4", "u4")
-        values = node.get_data(dtype=np.int8) if packed else np.asarray(node.data)
+        # `data` shows two of them in a byte, and `get_data` unpacks to some types only
+        values = node.get_data(dtype=np.int32).astype(np.int8) if packed else np.asarray(node.data)
         return _Weight(values, _TYPES.get(stored, stored), int(node.get_byte_size()))
     if kind not in ("Convert", "Multiply", "Subtract", "Reshape", "Transpose"):
         return None

