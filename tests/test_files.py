@@ -293,7 +293,7 @@ def test_a_document_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "document"
     path.write_text('{"a": 1}')
     assert read_json(path, largest=8) == {"a": 1}
-    with pytest.raises(InputError, match="document is too large .* 8 bytes, and at most 7 are read"):
+    with pytest.raises(InputError, match=r"document is too large .* 8 bytes, and at most 7 are read"):
         read_json(path, largest=7)
     os.truncate(path, LARGEST_DOCUMENT + 1)  # sparse: it takes no room
     for read in (read_json, lambda path: read_yaml(path, "recipe")):
