@@ -148,7 +148,7 @@ def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for number, step in enumerate(summary["history"], 1):
         why = f" ({step['rationale']})" if step["rationale"] else ""
         data = f", on {step['data']['rows']:,} rows of {step['data']['source']}" if step["data"] else ""
-        yield f"step {number}", f"{step['verb']}: {step['method']}{data}{why}"
+        yield f"step {number}", f"{step['verb']}: {step['method']}{why}{data}"
 
 
 def _flops_text(flops: dict[str, Any]) -> str:
