@@ -16,7 +16,7 @@ from .pages import page_environment
 from .svg import element, line, text
 
 _LEFT, _RIGHT, _TOP = 66.0, 78.0, 84.0
-_CELL, _ROW, _GAP = 104.0, 40.0, 14.0
+_CELL, _ROW, _GAP = 112.0, 40.0, 14.0
 _BAR = 13.0
 _NARROWEST = 560.0
 _LINE = 20.0
@@ -111,7 +111,7 @@ def _cell(x: float, y: float, layer: LayerFacts, most: int) -> Markup:
     parts.append(element("rect", x=x, y=y, width=kept, height=_BAR, class_=_colour(layer)))
     parts.append(text(x, y + 26, f"{layer.shape[0]} × {layer.shape[1]}", "soft number"))
     if not layer.sparsity.startswith("dense"):
-        short = "2:4" if layer.sparsity == "2:4" else f"{layer.zeros:.0%} zeros"
+        short = "2:4" if layer.sparsity == "2:4" else f"{layer.zeros:.0%}"
         parts.append(text(x + _CELL, y + 26, short, "strong number", "end"))
     return element("g", *parts)
 
@@ -137,7 +137,7 @@ def _legend(layers: Sequence[LayerFacts], y: float, width: float) -> tuple[Marku
     """What the colours mean, in lines that fit; and the height of the whole drawing."""
     named = {_named(layer): _colour(layer) for layer in layers}
     if any(layer.zeros for layer in layers):
-        named["zeros"] = "zeros"
+        named["zeros, with their pattern or share where they are many"] = "zeros"
     parts, x, row = [], 14.0, y + 8
     for words, class_ in named.items():
         room = 30 + 6.2 * len(words)
