@@ -8,6 +8,7 @@ import importlib.util
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,27 @@ def gpu_facts() -> list[dict[str, str]]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [dict(zip(fields, (cell.strip() for cell in line.split(",")), strict=False)) for line in output.splitlines()]
+
+
+def has_sparse_tensor_cores(gpu: Mapping[str, str]) -> bool:
+    """Whether a GPU of `gpu_facts` has tensor cores that skip the zeros of 2:4 sparse matrices: NVIDIA's have them from
+    Ampere on (compute capability 8.0)."""
+    major = gpu.get("compute_cap", "").partition(".")[0]
+    return major.isdecimal() and int(major) >= 8
+
+
+def device_facts() -> dict[str, Any]:
+    """What this machine offers now: the CPU with the threads that runtimes take and the memory that is free (bytes),
+    and the GPUs. For people: manifests keep `cpu_facts` and `gpu_facts`, which do not change from call to call."""
+    import psutil
+
+    cpu = {
+        **cpu_facts(),
+        "logical_cpus": os.cpu_count(),
+        "threads": available_cpus(),
+        "memory_available_bytes": psutil.virtual_memory().available,
+    }
+    return {"cpu": cpu, "gpus": [{**gpu, "sparse_tensor_cores": has_sparse_tensor_cores(gpu)} for gpu in gpu_facts()]}
 
 
 def facts() -> dict[str, Any]:

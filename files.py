@@ -22,6 +22,8 @@ Document = TypeVar("Document", bound=BaseModel)
 
 _STAGING = ".staging-"
 _REPLACED = ".replaced-"
+LARGEST_DOCUMENT = 64 << 20
+"""Bytes of a JSON or YAML document that are read at most: manifests and recipes come from anybody."""
 _NO_ROOM = 1 << 20  # bytes: less than this is a full disk to whatever failed to write there
 
 
@@ -147,17 +149,33 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def _text_of(path: Path, largest: int) -> str:
+    """The text of a UTF-8 file, refused before it is read where it is larger; a device that says it is empty and is
+    not, when it is.
+
+    Raises:
+        InputError: larger than `largest` bytes.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        content = file.read(largest + 1) if size <= largest else b""
+    if size > largest or len(content) > largest:
+        told = f"{size:,} bytes" if size > largest else "endless"
+        raise InputError(f"{path} is too large to be what it should be: {told}, and at most {largest:,} are read.")
+    return content.decode("utf-8")
+
+
+def read_json(path: Path, largest: int = LARGEST_DOCUMENT) -> Any:
     """Read a JSON file.
 
     Raises:
-        InputError: the file is missing or is not JSON.
+        InputError: the file is missing, larger than `largest` bytes, or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(_text_of(path, largest))
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError, IsADirectoryError) as error:
         raise InputError(f"{path} is not valid JSON: {error}.") from error
 
 
@@ -186,15 +204,15 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         what: what the file is meant to be, for the error message ("recipe").
 
     Raises:
-        InputError: missing, not YAML, or not a mapping.
+        InputError: missing, too large, not YAML, or not a mapping.
     """
     import yaml
 
     try:
-        value: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value: Any = yaml.safe_load(_text_of(path, LARGEST_DOCUMENT))
     except FileNotFoundError as error:
         raise InputError(f"The {what} {path} does not exist.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, IsADirectoryError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a {what}: it holds no mapping.")

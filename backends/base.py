@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # `limbeck backends` probes without loading torch
     import torch
 
     from ..exporters.artifact import Manifest
+    from ..exporters.layer_facts import ProgramFacts
     from ..exporters.options import BackendOptions
     from ..exporters.program import ExportedProgram, Floor
     from ..exporters.settings import ExportSettings, Precision
@@ -158,6 +159,16 @@ class Backend(ABC):
         """Batch and sequence at which a freshly built program is compared with the graph of its kit; where there is a
         build."""
         return []
+
+    def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts | None:
+        """What the files of a verified artifact tell of its layers, and the FLOPs of a call on [batch, sequence]
+        tokens; `None`: it is not known, as for a backend that does not define this.
+
+        Raises:
+            BackendUnavailable: a package that reads the files is missing.
+            InputError: files that do not parse.
+        """
+        return None
 
     def compile_properties(self, manifest: Manifest) -> dict[str, str]:
         """What the manifest asks of the runtime.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..exporters.artifact import Manifest
+    from ..exporters.layer_facts import ProgramFacts
     from ..exporters.options import OnnxOptions
     from ..exporters.program import ExportedProgram
 
@@ -165,3 +166,11 @@ class OnnxBackend(Backend):
         if manifest.settings.precision == "bf16":
             return TwinRunner(folder / GRAPH_FILE, threads, properties)
         return OnnxRunner(folder / GRAPH_FILE, threads, properties)
+
+    def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts:
+        if not is_importable("onnx"):
+            raise BackendUnavailable("Reading an ONNX graph needs onnx, which is not installed.", _INSTALL)
+        from ..exporters.onnx import GRAPH_FILE
+        from ..exporters.onnx_facts import onnx_facts
+
+        return onnx_facts(folder / GRAPH_FILE, batch, sequence, "ONNX Runtime has no kernels for sparse weights")

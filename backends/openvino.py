@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..exporters.artifact import Manifest
+    from ..exporters.layer_facts import ProgramFacts
     from ..exporters.options import OpenVINOOptions
     from ..exporters.program import ExportedProgram
 
@@ -151,3 +152,12 @@ class OpenVINOBackend(Backend):
             raise BackendUnavailable(f"OpenVINO is needed to open {folder}: {available.reason}.", available.mend)
         cache = cache_folder() / "openvino" if manifest.settings.options.get("compile_cache") is True else None
         return OpenVINORunner(folder / GRAPH_FILE, self.compile_properties(manifest), threads, cache)
+
+    def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts:
+        if not is_importable("openvino"):
+            raise BackendUnavailable("Reading an OpenVINO IR needs openvino, which is not installed.", _INSTALL)
+        from ..exporters.openvino import GRAPH_FILE
+        from ..exporters.openvino_facts import openvino_facts
+
+        no_kernels = "limbeck asks OpenVINO for no kernels for sparse weights"
+        return openvino_facts(folder / GRAPH_FILE, manifest.compile_properties, batch, sequence, no_kernels)

@@ -65,7 +65,7 @@ def get_backend(name: str) -> Backend:
         )
     try:
         loaded = point.load()
-    except Exception as error:  # another package's code may raise anything when it is imported
+    except (Exception, SystemExit) as error:  # another package's code may raise anything when it is imported
         raise BackendUnavailable(f"The plug-in backend {name!r} ({point.value}) does not import: {error}.") from error
     if _is_exporter(loaded):
         from .hf_exporter import HfExporterBackend
@@ -116,20 +116,29 @@ def backend_for(settings: ExportSettings) -> Backend:
 
 def list_backends() -> list[Listing]:
     """All backends with what they can do here; one that is broken is listed as such and harms no other."""
-    listings = []
-    for name in backend_names():
-        source = "built in" if name in _BUILT_IN else _entry_points()[name].value
-        try:
-            backend = get_backend(name)
-            listings.append(Listing(name, backend.summary, source, backend.probe()))
-        except BackendUnavailable as error:
-            listings.append(Listing(name, "", source, Availability(False, False, error.message)))
-        except Exception as error:
-            if name in _BUILT_IN:
-                raise  # a defect of ours, to be seen as one
-            reason = f"{type(error).__name__} when probed: {error}"
-            listings.append(Listing(name, "", source, Availability(False, False, reason)))
-    return listings
+    return [listing_of(name) for name in backend_names()]
+
+
+def listing_of(name: str) -> Listing:
+    """What one of `backend_names` can do here.
+
+    Raises:
+        UsageError: there is no such backend.
+    """
+    source = "built in" if name in _BUILT_IN or name not in _entry_points() else _entry_points()[name].value
+    try:
+        backend = get_backend(name)
+        available = backend.probe()
+        if not isinstance(available, Availability):
+            raise TypeError(f"its probe gives a {type(available).__name__}, not an Availability")
+        return Listing(name, str(backend.summary), source, available)
+    except BackendUnavailable as error:
+        return Listing(name, "", source, Availability(False, False, error.message))
+    except Exception as error:
+        if source == "built in":
+            raise  # a defect of ours, to be seen as one
+        reason = f"{type(error).__name__} when probed: {error}"
+        return Listing(name, "", source, Availability(False, False, reason))
 
 
 def backend_of_format(artifact_format: str) -> Backend:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..exporters.artifact import Manifest
+    from ..exporters.layer_facts import ProgramFacts
     from ..exporters.options import TensorRTOptions
     from ..exporters.program import ExportedProgram
 
@@ -133,6 +134,16 @@ class TensorRTBackend(Backend):
             # The kit's graph runs on the CPU: full batches would take it minutes.
             shapes += [(batch, sequence), (batch, first.opt[1]), (batch, first.max[1])]
         return list(dict.fromkeys(shapes))
+
+    def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts | None:
+        if manifest.format != KIT:
+            return None  # an engine shows its layers to TensorRT alone
+        if not is_importable("onnx"):
+            raise BackendUnavailable("Reading a kit's graph needs onnx, which is not installed.", _INSTALL_EXPORT)
+        from ..exporters.onnx import GRAPH_FILE
+        from ..exporters.onnx_facts import onnx_facts
+
+        return onnx_facts(folder / GRAPH_FILE, batch, sequence)
 
 
 class KitRunner(Runner):

@@ -135,8 +135,8 @@ def print_json(value: Any) -> None:
 
 
 def show(result: RenderableType) -> None:
-    """Print a result for people to standard output."""
-    out.print(result)
+    """Print a result for people to standard output; a line of text is not broken, so that it can be copied."""
+    out.print(result, soft_wrap=isinstance(result, str))
 
 
 def done(text: str) -> None:

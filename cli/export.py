@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +19,9 @@ from .options import (
     sizes,
     yaml_pairs,
 )
+
+if TYPE_CHECKING:
+    from ..exporters.artifact import Manifest
 
 EXAMPLES = """
 \b
@@ -95,15 +101,16 @@ def command(
 
         loaded = load_checkpoint(checkpoint, task, trust_remote_code)
         chosen_columns = pairs(columns, "--column")
-        data = {
-            "calibration": loaded.read(calibration, chosen_columns) if calibration else None,
-            "validation": loaded.read(validation, chosen_columns) if validation else None,
-        }
-        writing = {"overwrite": overwrite, "progress": progress}
-        if automatic:
-            manifest = export_fastest(loaded, wanted, Path(out), **data, **writing)
-        else:
-            manifest = export_for_device(loaded, wanted, Path(out), **data, kit_only=kit_only, **writing)
+        verb: Callable[..., Manifest] = export_fastest if automatic else partial(export_for_device, kit_only=kit_only)
+        manifest = verb(
+            loaded,
+            wanted,
+            Path(out),
+            calibration=loaded.read(calibration, chosen_columns) if calibration else None,
+            validation=loaded.read(validation, chosen_columns) if validation else None,
+            overwrite=overwrite,
+            progress=progress,
+        )
     if as_json:
         print_json(artifact_summary(manifest, Path(out)))
     elif automatic:

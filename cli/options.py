@@ -211,6 +211,20 @@ def sizes(axis: str, text: str | None) -> dict[str, int]:
     return found
 
 
+def token_shape(text: str | None) -> tuple[int, int] | None:
+    """`8x128` as batch and sequence.
+
+    Raises:
+        UsageError: something else.
+    """
+    if text is None:
+        return None
+    batch, _, sequence = text.lower().partition("x")
+    if not (batch.isdecimal() and sequence.isdecimal() and int(batch) and int(sequence)):
+        raise UsageError(f"--shape takes BATCHxSEQUENCE (8x128), not {text!r}.")
+    return int(batch), int(sequence)
+
+
 def checked(settings: type[Settings], values: Mapping[str, Any]) -> Settings:
     """Settings from options; what was not given keeps its default.
 

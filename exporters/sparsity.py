@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UsageError
+from ..files import path_inside
 from ..models.sparsity import first_break, is_semi_structured, why_not_sparse, zero_share
 from .artifact import SparseLayer
 from .node_scopes import module_of
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 _LISTED = 5
+_PASSED = ("Transpose", "Cast", "Reshape", "Identity", "DequantizeLinear", "QuantizeLinear")
 _OUTSIDE = "it is outside the layers: embeddings, poolers and heads stay dense"
 
 
@@ -37,6 +39,12 @@ class WeightUse:
     """The axis of `weight` that is summed over."""
     behind: str = ""
     """The operator between the constant and the node, which hides it from the compiler; empty where there is none."""
+    stored: str = "float32"
+    """The type in which the constant is stored."""
+    computed: str = "float32"
+    """The type of what it is multiplied with: an integer type where that is quantised."""
+    size_bytes: int = 0
+    """Of the constant as stored."""
 
 
 def sparsity_evidence(graph: Path, prunable: Collection[str] | None = None) -> list[SparseLayer]:
@@ -47,7 +55,7 @@ def sparsity_evidence(graph: Path, prunable: Collection[str] | None = None) -> l
     """
     import onnx_ir
 
-    return [_row(use, prunable) for use in weight_uses(onnx_ir.load(str(graph)))]
+    return [sparse_layer(use, prunable) for use in weight_uses(onnx_ir.load(str(graph)))]
 
 
 def require_pattern(layers: list[SparseLayer], source: str) -> None:
@@ -68,7 +76,8 @@ def require_pattern(layers: list[SparseLayer], source: str) -> None:
         raise UsageError(f"{len(dense)} of {len(eligible)} eligible layers are not 2:4: {named}{more}.", hint)
 
 
-def _row(use: WeightUse, prunable: Collection[str] | None) -> SparseLayer:
+def sparse_layer(use: WeightUse, prunable: Collection[str] | None) -> SparseLayer:
+    """What a compiler with sparse kernels makes of one weight; `prunable` as for `sparsity_evidence`."""
     reduction, output = use.weight.shape[use.axis], use.weight.shape[1 - use.axis]
     hidden = f"its weight reaches the product through {use.behind}, which the compiler does not look behind"
     outside = _OUTSIDE if prunable is not None and use.layer not in prunable else None
@@ -93,44 +102,120 @@ def _where_it_breaks(use: WeightUse) -> str:
 
 
 def weight_uses(model: onnx_ir.Model) -> Iterator[WeightUse]:
-    """Every MatMul and Gemm of a graph that multiplies with a constant matrix; int8 constants behind their
-    DequantizeLinear count as constants, since that is how quantised weights are written."""
+    """Every MatMul and Gemm of a graph that multiplies with a constant matrix; integer constants behind their
+    DequantizeLinear count as constants, since that is how quantised weights are written.
+
+    Raises:
+        InputError: a weight that the graph keeps outside its folder.
+    """
     for node in model.graph.all_nodes():
         if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx"):
             continue
         for position in (1, 0):
-            value, behind = _source_of(node.inputs[position])
-            if value is None or len(value.const_value.shape) != 2:
+            source = _source_of(node.inputs[position])
+            if source is None or len(source.value.const_value.shape) != 2:
                 continue
-            yield WeightUse(_layer_of(node, value.name), _stored(value), _axis(node, position, behind), behind)
+            yield WeightUse(
+                layer=_layer_of(node, source.value.name),
+                weight=_real_zeros(source),
+                axis=_axis(node, position, source.transposed),
+                behind=source.behind,
+                stored=type_name(source.value.const_value.dtype),
+                computed=_computed_in(node, node.inputs[1 - position]),
+                size_bytes=int(source.value.const_value.nbytes),
+            )
             break
 
 
-def _axis(node: Any, position: int, behind: str) -> int:
+def table_uses(model: onnx_ir.Model) -> Iterator[WeightUse]:
+    """Every constant matrix of real numbers from which a graph gathers rows: embeddings."""
+    for node in model.graph.all_nodes():
+        source = _source_of(node.inputs[0]) if node.op_type == "Gather" else None
+        if source is None or len(source.value.const_value.shape) != 2:
+            continue
+        tensor = source.value.const_value
+        if source.dequantised is not None or tensor.dtype.is_floating_point():
+            stored, size = type_name(tensor.dtype), int(tensor.nbytes)
+            yield WeightUse(_layer_of(node, source.value.name), _real_zeros(source), 0, "", stored, "", size)
+
+
+def _axis(node: Any, position: int, transposed: bool) -> int:
     """The summed axis of the stored constant: the last but one of a second operand, the last of a first."""
     axis = 0 if position == 1 else 1
     if node.op_type == "Gemm":
         attribute = node.attributes.get("transB" if position == 1 else "transA")
         axis = 1 - axis if attribute is not None and attribute.value else axis
-    return 1 - axis if behind == "Transpose" else axis
+    return 1 - axis if transposed else axis
 
 
-def _source_of(value: Any) -> tuple[Any, str]:
-    """The constant that feeds a product, and the name of what stands between them."""
-    behind = ""
+@dataclass(frozen=True)
+class _Source:
+    """The constant that feeds a node, and what stands between them."""
+
+    value: Any
+    behind: str
+    transposed: bool
+    dequantised: Any
+    """The DequantizeLinear behind it, or `None`."""
+
+
+def _source_of(value: Any) -> _Source | None:
+    behind, transposed, dequantised = "", False, None
     while value is not None and value.const_value is None:
         node = value.producer()
-        if node is None or node.op_type not in ("Transpose", "Cast", "Reshape", "Identity", "DequantizeLinear"):
-            return None, ""
-        if node.op_type not in ("Identity", "DequantizeLinear"):
+        if node is None or node.op_type not in _PASSED:
+            return None
+        if node.op_type == "DequantizeLinear":
+            dequantised = node
+        elif node.op_type != "Identity":
             behind = behind or node.op_type
+        transposed ^= node.op_type == "Transpose"
         value = node.inputs[0]
-    return value, behind
+    return None if value is None else _Source(value, behind, transposed, dequantised)
 
 
-def _stored(value: Any) -> np.ndarray:
-    array: np.ndarray = value.const_value.numpy()
+def _real_zeros(source: _Source) -> np.ndarray:
+    """The stored constant, moved so that what stands for zero is 0: unsigned types have their zero elsewhere."""
+    stored, node = _array(source.value), source.dequantised
+    point = node.inputs[2] if node is not None and len(node.inputs) > 2 else None
+    if point is None or point.const_value is None or source.value.const_value.dtype.is_floating_point():
+        return stored
+    zero = _array(point).astype(np.int16)
+    axis = node.attributes["axis"].value if "axis" in node.attributes else 1
+    if zero.ndim == stored.ndim:  # in blocks
+        zero = zero.repeat(-(-stored.shape[axis] // zero.shape[axis]), axis)
+        zero = zero.take(range(stored.shape[axis]), axis)
+    elif zero.size > 1:
+        zero = zero.reshape([-1 if index == axis % stored.ndim else 1 for index in range(stored.ndim)])
+    moved: np.ndarray = stored.astype(np.int16) - zero
+    return moved
+
+
+def _array(value: Any) -> np.ndarray:
+    """A constant's values. A graph names the files that hold them, and it may be anybody's."""
+    import onnx_ir
+
+    tensor = value.const_value
+    if isinstance(tensor, onnx_ir.ExternalTensor):
+        path_inside(Path(tensor.base_dir), str(tensor.location))
+    array: np.ndarray = tensor.numpy()
     return array
+
+
+def _computed_in(node: Any, other: Any) -> str:
+    """The type of the operand that is not the weight: what it was quantised to, or the graph's own for the product."""
+    producer = other.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        point = producer.inputs[2] if len(producer.inputs) > 2 else None
+        known = producer.inputs[0].dtype or (point.dtype if point is not None else None)
+        return type_name(known) if known is not None else "uint8"  # what ONNX takes where no zero point says more
+    known = other.dtype or node.outputs[0].dtype
+    return type_name(known) if known is not None else "unknown"
+
+
+def type_name(dtype: Any) -> str:
+    """An `onnx_ir.DataType` as NumPy calls it: `float32`, `bfloat16`, `int4`."""
+    return str(dtype.numpy())
 
 
 def _layer_of(node: Any, weight: str | None) -> str:

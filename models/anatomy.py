@@ -6,6 +6,8 @@ against the modeling files of transformers 5.23; `tests/models/test_anatomy.py` 
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -264,3 +266,36 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
             "Add an entry to ANATOMIES in limbeck/models/anatomy.py: it is names only.",
         )
     return ANATOMIES[kind]
+
+
+MATRIX_KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "gate+up", "down")
+"""What the matrices of a layer are for, in the order in which a layer uses them."""
+_IN_A_LAYER = re.compile(r"(?:^|\.)(?P<layer>\d{1,6})\.(?P<part>.+)$")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a matrix stands in a model."""
+
+    layer: int
+    """Counted from 0."""
+    kind: str
+    """One of `MATRIX_KINDS`, or the module's own name within the layer in an architecture that is not in the table."""
+
+
+def place_of(name: str) -> Place | None:
+    """The place of a module, read off its qualified name alone, so that it serves graphs too; `None` outside the
+    layers (embeddings, poolers, heads)."""
+    found = _IN_A_LAYER.search(name)
+    return Place(int(found["layer"]), _kinds().get(found["part"], found["part"])) if found else None
+
+
+@functools.cache
+def _kinds() -> dict[str, str]:
+    """A matrix's name within its layer to its kind, over all families: no two of them disagree."""
+    kinds: dict[str | None, str] = {}
+    for anatomy in ANATOMIES.values():
+        names = (anatomy.query, anatomy.key, anatomy.value, anatomy.qkv, anatomy.output, anatomy.gate)
+        kinds |= dict(zip(names, MATRIX_KINDS[:6], strict=True))
+        kinds |= {anatomy.up: "gate+up" if anatomy.fused_gate else "up", anatomy.down: "down"}
+    return {name: kind for name, kind in kinds.items() if name is not None}

@@ -23,7 +23,7 @@ from .card import write_checkpoint_card
 from .data import Data, read_data
 from .embedding import MODULES_FILE, Pooling, read_pooling
 from .features import FeatureRecorder
-from .lineage import TRACE_FILE, TRAINING_ROWS_FILE, Lineage, Step, trace_lines
+from .lineage import TRACE_FILE, TRAINING_ROWS_FILE, Lineage, Step, read_training_rows, trace_lines
 from .mapped import in_float32
 from .shapes import KEY as SHAPES_KEY
 from .shapes import class_for
@@ -186,7 +186,6 @@ def load_checkpoint(source: str | Path, task: str | None = None, trust_remote_co
     config = read_json(folder / "config.json")
     chosen = get_task(task or (lineage.task if lineage else _guess_task(config, folder)))
     model = _load_model(folder, chosen, config, trust_remote_code)
-    training_rows = folder / TRAINING_ROWS_FILE
     return Checkpoint(
         model=model,
         tokenizer=load_tokenizer(folder, trust_remote_code),
@@ -195,7 +194,7 @@ def load_checkpoint(source: str | Path, task: str | None = None, trust_remote_co
         source=str(source),
         hash=hash_of_model(model),
         pooling=read_pooling(folder) if chosen.name == "sentence-similarity" else Pooling(),
-        training_rows=read_json(training_rows) if training_rows.exists() else {},
+        training_rows=read_training_rows(folder),
         terms=read_terms(folder, hub_id=None if Path(source).is_dir() else str(source)),
     )
 

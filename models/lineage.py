@@ -11,13 +11,15 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .. import __version__
-from ..files import read_document, write_json
+from ..files import read_document, read_json, write_json
 from .data import Data
 
 LINEAGE_FILE = "lineage.json"
 TRAINING_ROWS_FILE = "training_rows.json"
 TRACE_FILE = "trace.jsonl"
 LINEAGE_SCHEMA = 1
+_LARGEST_ROWS = 2 << 30
+"""Bytes of the hashes of trained rows that are read at most: some 26 a row, and there may be tens of millions."""
 
 
 class Curve(BaseModel):
@@ -131,6 +133,17 @@ class Lineage(BaseModel):
         """
         path = folder / LINEAGE_FILE
         return read_document(path, cls, LINEAGE_SCHEMA) if path.exists() else None
+
+
+def read_training_rows(folder: Path) -> dict[str, list[str]]:
+    """Data fingerprint to row hashes, of every step in a checkpoint's or artifact's history; empty where none trained.
+
+    Raises:
+        InputError: the file is too large, or is not JSON.
+    """
+    path = folder / TRAINING_ROWS_FILE
+    rows: dict[str, list[str]] = read_json(path, _LARGEST_ROWS) if path.exists() else {}
+    return rows
 
 
 def trace_lines(lineage: Lineage) -> Iterator[dict[str, Any]]:

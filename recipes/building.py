@@ -107,11 +107,18 @@ def export_for_device(
     backend = get_backend(settings.backend)
     if kit_only and not backend.built_format:
         raise UsageError(f"The backend {backend.name} has no kits: nothing of it is built.", "Leave out --kit-only.")
-    data = {"calibration": calibration, "validation": validation}
     if kit_only or not backend.built_format or not backend.probe().can_run:
-        return export(checkpoint, settings, out, **data, overwrite=overwrite, progress=progress)
+        return export(
+            checkpoint,
+            settings,
+            out,
+            calibration=calibration,
+            validation=validation,
+            overwrite=overwrite,
+            progress=progress,
+        )
     check_output_folder(out, overwrite)
     with TemporaryDirectory(prefix="limbeck-") as place:
         kit = Path(place) / "kit"
-        export(checkpoint, settings, kit, **data, progress=progress)
+        export(checkpoint, settings, kit, calibration=calibration, validation=validation, progress=progress)
         return build(kit, out, overwrite=overwrite, progress=progress)

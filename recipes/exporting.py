@@ -126,7 +126,7 @@ def _floor(checkpoint: Checkpoint, data: Data | None, share: float | None, progr
 
 
 def _write_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    """What goes with a program whatever the backend: configurations, tokenizer, pooling, hashes of the training rows."""
+    """What goes with a program whatever the backend: configurations, tokenizer, pooling, hashes of training rows."""
     checkpoint.model.config.save_pretrained(folder)
     checkpoint.tokenizer.save_pretrained(folder)
     checkpoint.save_generation_config(folder)

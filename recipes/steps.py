@@ -19,10 +19,9 @@ from ..distill.trainer import Evaluation
 from ..environment import facts
 from ..errors import UsageError, did_you_mean
 from ..exporters.artifact import Manifest, open_artifact, read_manifest
-from ..files import read_json
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
-from ..models.lineage import TRAINING_ROWS_FILE
+from ..models.lineage import read_training_rows
 from ..prune.gradual import SparsityInTraining
 from ..prune.pruning import prune as prune_checkpoint
 from ..prune.settings import PruneSettings
@@ -185,8 +184,7 @@ def command_line() -> str:
 
 
 def _training_rows(folder: Path) -> set[str]:
-    path = folder / TRAINING_ROWS_FILE
-    return {row for rows in read_json(path).values() for row in rows} if path.exists() else set()
+    return {row for rows in read_training_rows(folder).values() for row in rows}
 
 
 def _notes(opened: dict[str, Manifest]) -> list[str]:

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from limbeck.errors import DiskFull, InputError, UsageError
 from limbeck.files import (
+    LARGEST_DOCUMENT,
     check_output_folder,
     files_below,
     path_inside,
     read_json,
+    read_yaml,
     sha256_of_file,
     sha256_of_json,
     staged_folder,
@@ -285,3 +287,29 @@ def test_files_below_are_relative_sorted_and_counted(tmp_path: Path) -> None:
     found = list(files_below(tmp_path))
     assert found == [Path("a.txt"), Path("b/file.txt")]
     assert total_size(tmp_path / path for path in found) == 5
+
+
+def test_a_document_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "document"
+    path.write_text('{"a": 1}')
+    assert read_json(path, largest=8) == {"a": 1}
+    with pytest.raises(InputError, match=r"document is too large .* 8 bytes, and at most 7 are read"):
+        read_json(path, largest=7)
+    os.truncate(path, LARGEST_DOCUMENT + 1)  # sparse: it takes no room
+    for read in (read_json, lambda path: read_yaml(path, "recipe")):
+        with pytest.raises(InputError, match="is too large"):
+            read(path)
+    path.unlink()
+    path.symlink_to("/dev/zero")  # says that it is empty
+    with pytest.raises(InputError, match="endless"):
+        read_json(path, largest=1000)
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, f"[{'9' * 5000}]"])
+def test_json_that_no_parser_takes_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "deep.json").write_text(content)
+    with pytest.raises(InputError, match=r"deep\.json is not valid JSON"):
+        read_json(tmp_path / "deep.json")
+    (tmp_path / "deep.yaml").write_text(content[:5000] + "]")
+    with pytest.raises(InputError, match=r"deep\.yaml is not"):
+        read_yaml(tmp_path / "deep.yaml", "recipe")

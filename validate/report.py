@@ -300,3 +300,11 @@ def short_number(value: float | None, digits: int = 4) -> str:
 def exact_number(value: float) -> str:
     """A limit as its author wrote it, without a needless `.0`."""
     return repr(value).removesuffix(".0")
+
+
+def size_text(size: int) -> str:
+    """Bytes for people, in powers of 1000."""
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
+        if size >= 10**power:
+            return f"{size / 10**power:,.1f} {unit}"
+    return f"{size} bytes"

@@ -1,0 +1,116 @@
+"""What an ONNX graph tells of its layers, and the FLOPs of its matrix products."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError, LimbeckError, first_line
+from .layer_facts import ProgramFacts
+from .sparsity import table_uses, weight_uses
+
+if TYPE_CHECKING:
+    import onnx
+
+_COUNTED = 2
+"""The inference of shapes cannot tell an axis of 1 from one that is stretched, so none is 1 when products are counted.
+FLOPs grow in proportion to the batch: they are those of a batch of 2, halved. In the sequence they are a polynomial of
+the second degree (attention is its square): one token's follow from those of 2, 3 and 4."""
+
+
+def onnx_facts(graph: Path, batch: int, sequence: int, no_kernels: str = "") -> ProgramFacts:
+    """The facts of a written graph, which may be anybody's.
+
+    Args:
+        graph: the `.onnx` file.
+        batch: with `sequence`, the shape whose FLOPs are counted.
+        no_kernels: as for `LayerFacts.of_product`.
+
+    Raises:
+        InputError: a graph that does not parse, or keeps a weight outside its folder.
+    """
+    import onnx_ir
+
+    try:
+        model = onnx_ir.load(str(graph))
+        flops = count_flops(graph, batch, sequence)
+        return ProgramFacts.of(weight_uses(model), table_uses(model), flops, no_kernels)
+    except LimbeckError:
+        raise
+    except Exception as error:  # parsers raise anything at a file that is not what it says
+        raise InputError(f"{graph} cannot be read as an ONNX graph: {first_line(error)}.") from error
+
+
+def count_flops(graph: Path, batch: int, sequence: int) -> int | None:
+    """FLOPs of one call on [batch, sequence] tokens, as torch counts them: two for each multiplication in a matrix
+    product. `None` where a product's sizes cannot be told."""
+    import onnx
+
+    model = onnx.load(str(graph), load_external_data=False)
+    static_batch, static_sequence = _static_sizes(model)
+    counted = static_batch or _COUNTED
+    if sequence > 1 or static_sequence:
+        total = _flops_of(_at_shape(model, counted, sequence))
+    else:
+        totals = [_flops_of(_at_shape(model, counted, length)) for length in (2, 3, 4)]
+        two, three, four = (total or 0 for total in totals)
+        total = None if None in totals else 3 * two - 3 * three + four
+    return None if total is None else total * batch // counted
+
+
+def _static_sizes(model: onnx.ModelProto) -> tuple[int, int]:
+    """Batch and sequence where the graph takes no other; 0 where it does."""
+    first = model.graph.input[0].type.tensor_type.shape.dim
+    return first[0].dim_value, first[1].dim_value
+
+
+def _at_shape(model: onnx.ModelProto, batch: int, sequence: int) -> onnx.ModelProto:
+    from onnx import shape_inference
+
+    del model.graph.value_info[:]
+    for value in model.graph.input:
+        for dimension, size in zip(value.type.tensor_type.shape.dim, (batch, sequence), strict=False):
+            dimension.dim_value = size
+    for value in model.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    return shape_inference.infer_shapes(model, data_prop=True)
+
+
+def _flops_of(model: onnx.ModelProto) -> int | None:
+    graph, total = model.graph, 0
+    shapes = {value.name: _sizes(value) for value in (*graph.value_info, *graph.input, *graph.output)}
+    shapes |= {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type in ("MatMul", "Gemm"):
+            flops = _product(node, shapes)
+        elif "Attention" in node.op_type:
+            flops = _attention(node, shapes)
+        else:
+            continue
+        if flops is None:
+            return None
+        total += flops
+    return total
+
+
+def _sizes(value: onnx.ValueInfoProto) -> list[int]:
+    """0 stands for what is not known."""
+    return [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
+
+
+def _product(node: Any, shapes: dict[str, list[int]]) -> int | None:
+    output, left = shapes.get(node.output[0]), shapes.get(node.input[0])
+    if not output or not left or 0 in output:
+        return None
+    transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+    return 2 * math.prod(output) * left[0 if transposed else -1] or None
+
+
+def _attention(node: Any, shapes: dict[str, list[int]]) -> int | None:
+    """ONNX's own Attention on [batch, heads, sequence, size]; others hide their sizes."""
+    found = [shapes.get(name) for name in node.input[:3]]
+    if node.domain or len(found) < 3 or any(not sizes or len(sizes) != 4 or 0 in sizes for sizes in found):
+        return None
+    query, key, value = (sizes for sizes in found if sizes)
+    return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
