@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test matrix lint format clean
 
 quickstart: $(STAMP)
 	$(BIN)/limbeck quickstart
@@ -13,6 +13,10 @@ quickstart: $(STAMP)
 # processes beside them. A file's tests stay together, since they share what their fixtures make.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term --durations=25
+
+# Half an hour: every architecture, backend and precision.
+matrix: $(STAMP)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n 0 --no-cov tests/exporters/test_matrix.py --matrix docs/matrix.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

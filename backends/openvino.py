@@ -124,6 +124,7 @@ class OpenVINOBackend(Backend):
             raise BackendUnavailable(f"OpenVINO's {precision} needs nncf, which is not installed.", _INSTALL)
         if precision == "int8":
             require_calibration(job.calibration)
+        evidence: dict[str, Any] = {}
         job.progress("tracing the graph")
         exported = exporter.export_graph(job.checkpoint, job.settings)
         if precision in WEIGHT_ONLY:
@@ -131,7 +132,7 @@ class OpenVINOBackend(Backend):
             exporter.quantize_weights_only(exported, precision, options)
         elif precision == "int8" and job.floor is not None:
             job.progress("calibrating int8, with accuracy control")
-            exporter.quantize_to_floor(exported, job.calibration, job.floor)
+            evidence["accuracy control"] = exporter.quantize_to_floor(exported, job.calibration, job.floor)
         elif precision == "int8":
             job.progress("calibrating int8")
             exporter.quantize_int8(exported, job.calibration)
@@ -142,6 +143,7 @@ class OpenVINOBackend(Backend):
             outputs=exporter.tensor_specs(exported.program.outputs),
             weights=exporter.read_weights(folder / exporter.GRAPH_FILE, job.checkpoint.module),
             compile_properties=exporter.COMPILE_PROPERTIES[precision],
+            evidence=evidence,
         )
 
     def load(self, folder: Path, manifest: Manifest, threads: int | None = None) -> Runner:

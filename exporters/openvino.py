@@ -116,10 +116,15 @@ def quantize_weights_only(exported: ExportedModel, precision: Precision, options
         component.program = NNCFOpenVINOQuantizer(config).quantize(component.program, {}, "openvino")
 
 
-def quantize_to_floor(exported: ExportedModel, calibration: Sequence[Mapping[str, torch.Tensor]], floor: Floor) -> None:
+def quantize_to_floor(
+    exported: ExportedModel, calibration: Sequence[Mapping[str, torch.Tensor]], floor: Floor
+) -> dict[str, Any]:
     """int8 by NNCF with accuracy control: what costs most is put back to float until the floor is held.
 
     Operators are ranked by how far the outputs of the first calibration batches move when one is put back.
+
+    Returns:
+        For the manifest: the metric, its floor, and the products that are float again.
     """
     import nncf
 
@@ -151,6 +156,20 @@ def quantize_to_floor(exported: ExportedModel, calibration: Sequence[Mapping[str
                 ranking_subset_size=len(ranked)
             ),
         )
+    return {"metric": floor.metric, "floor": abs(floor.least), "float again": _float_products(component.program)}
+
+
+def _float_products(model: Any) -> list[str]:
+    """Names of the matrix products with a stored weight that is not quantised."""
+    products = (operation for operation in model.get_ordered_ops() if operation.get_type_name() == "MatMul")
+    weights = ((product, product.input_value(1).get_node()) for product in products)
+    return [product.get_friendly_name() for product, weight in weights if _is_float_constant(weight)]
+
+
+def _is_float_constant(node: Any) -> bool:
+    while node.get_type_name() in ("Reshape", "Convert", "Transpose"):
+        node = node.input_value(0).get_node()
+    return node.get_type_name() == "Constant" and bool(node.get_element_type().is_real())
 
 
 def _compiled(model: Any) -> Any:
