@@ -139,5 +139,8 @@ def facts() -> dict[str, Any]:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept between runs: `$XDG_CACHE_HOME/limbeck`, else `~/.cache/limbeck`."""
+    """Where what can be made again is kept between runs: the folder that `LIMBECK_CACHE` names, else limbeck's in the
+    user's cache."""
+    if own := os.environ.get("LIMBECK_CACHE"):
+        return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limbeck"

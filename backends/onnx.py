@@ -154,6 +154,7 @@ class OnnxBackend(Backend):
             outputs=exporter.tensor_specs(graph.outputs),
             weights=exporter.read_weights(folder / exporter.GRAPH_FILE),
             unverified=_NO_BF16 if precision == "bf16" else None,
+            stand_in="its float32 twin" if precision == "bf16" else None,
         )
 
     def load(self, folder: Path, manifest: Manifest, threads: int | None = None) -> Runner:

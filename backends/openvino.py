@@ -35,7 +35,7 @@ class OpenVINORunner(Runner):
     """One infer request of a model compiled for the CPU.
 
     Args:
-        cache: folder in which OpenVINO keeps what it compiled, by a hash of the model and its properties.
+        cache: folder in which OpenVINO keeps what it compiled.
     """
 
     def __init__(
@@ -144,6 +144,7 @@ class OpenVINOBackend(Backend):
             weights=exporter.read_weights(folder / exporter.GRAPH_FILE, job.checkpoint.module),
             compile_properties=exporter.COMPILE_PROPERTIES[precision],
             evidence=evidence,
+            biases_corrected=precision == "int8",
         )
 
     def load(self, folder: Path, manifest: Manifest, threads: int | None = None) -> Runner:
@@ -152,7 +153,9 @@ class OpenVINOBackend(Backend):
         available = self.probe()
         if not available.can_run:
             raise BackendUnavailable(f"OpenVINO is needed to open {folder}: {available.reason}.", available.mend)
-        cache = cache_folder() / "openvino" if manifest.settings.options.get("compile_cache") is True else None
+        # A folder an artifact: OpenVINO looks for what it compiled by the graph's path and time, not by its weights.
+        kept = manifest.settings.options.get("compile_cache") is True and manifest.artifact_id.isalnum()
+        cache = cache_folder() / "openvino" / manifest.artifact_id if kept else None
         return OpenVINORunner(folder / GRAPH_FILE, self.compile_properties(manifest), threads, cache)
 
     def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts:

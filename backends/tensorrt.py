@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 KIT, ENGINE = "tensorrt", "tensorrt-engine"
 PLAN_NAME = "model.engine"
+TRUST_VARIABLE = "LIMBECK_TRUST_ENGINE_CODE"
 _INSTALL_EXPORT = 'pip install "limbeck[onnx]"'
 # tensorrt's wheels lie on NVIDIA's own package index; which one is in their guide.
 _INSTALL = (
@@ -112,7 +113,14 @@ class TensorRTBackend(Backend):
         require_same_device(folder, manifest, plan, here())
         from .tensorrt_engine import EngineRunner
 
-        return EngineRunner(folder / PLAN_NAME, cuda_graphs=plan.cuda_graphs)
+        made_here = not manifest.artifact_id  # not sealed yet: this process has just built it
+        trusted = plan.version_compatible and (made_here or os.environ.get(TRUST_VARIABLE) == "1")
+        if plan.version_compatible and not trusted:
+            raise BackendUnavailable(
+                f"{folder} is a version-compatible engine, which carries code that runs when it is opened.",
+                f"Set {TRUST_VARIABLE}=1 if you trust who built it.",
+            )
+        return EngineRunner(folder / PLAN_NAME, cuda_graphs=plan.cuda_graphs, trusted=trusted)
 
     def build(self, job: BuildJob, folder: Path) -> dict[str, Any]:
         lacking = missing_for_engines()
@@ -132,7 +140,8 @@ class TensorRTBackend(Backend):
             first = next(iter(profile.values()))
             batch, sequence = first.min
             # The kit's graph runs on the CPU: full batches would take it minutes.
-            shapes += [(batch, sequence), (batch, first.opt[1]), (batch, first.max[1])]
+            several = min(max(3, batch), first.max[0])
+            shapes += [(batch, sequence), (several, first.opt[1]), (batch, first.max[1])]
         return list(dict.fromkeys(shapes))
 
     def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts | None:
@@ -152,18 +161,9 @@ class KitRunner(Runner):
 
     def __init__(self, folder: Path, precision: str, threads: int | None = None) -> None:
         from ..exporters.onnx import GRAPH_FILE
-        from .onnx import OnnxRunner
+        from .onnx import OnnxRunner, TwinRunner
 
-        if precision == "bf16":
-            import onnx_ir
-
-            from ..exporters.float_range import float32_twin, write_graph
-
-            with tempfile.TemporaryDirectory() as scratch:
-                twin = float32_twin(onnx_ir.load(str(folder / GRAPH_FILE)))
-                self._runner = OnnxRunner(write_graph(twin, Path(scratch)), threads)
-        else:
-            self._runner = OnnxRunner(folder / GRAPH_FILE, threads)
+        self._runner = (TwinRunner if precision == "bf16" else OnnxRunner)(folder / GRAPH_FILE, threads)
         arithmetic = {
             "bf16": "float32 with bfloat16 weights",
             "fp16": "float16 through float32",
@@ -179,7 +179,10 @@ class KitRunner(Runner):
         return self._runner(batch)
 
     def prepare(self, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
-        return self._runner.prepare(batch)
+        raise BackendUnavailable(
+            "A TensorRT kit is not timed: what its graph takes on this CPU says nothing of its engine.",
+            "Build it on the machine with the GPU (limbeck build), and time the engine there.",
+        )
 
 
 def missing_for_engines() -> list[str]:

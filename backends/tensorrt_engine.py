@@ -80,10 +80,11 @@ class _Bound:
 class EngineRunner(Runner):
     """An execution context a profile, on a stream of its own (TensorRT synchronises more on the default stream).
 
-    With `cuda_graphs`, a context a shape: a captured graph holds on to what its context was bound to.
+    With `cuda_graphs`, a context a shape: a captured graph holds on to what its context was bound to. A
+    version-compatible engine opens only where it is `trusted`: it carries code.
     """
 
-    def __init__(self, path: Path, *, cuda_graphs: bool = False) -> None:
+    def __init__(self, path: Path, *, cuda_graphs: bool = False, trusted: bool = False) -> None:
         import tensorrt as trt
         import torch
 
@@ -94,7 +95,8 @@ class EngineRunner(Runner):
             )
         logger = trt.Logger(trt.Logger.WARNING)
         runtime = trt.Runtime(logger)
-        runtime.engine_host_code_allowed = True  # version-compatible engines carry their runtime; hashes were checked
+        # A version-compatible engine carries a runtime of its own, code that runs on this machine when it is opened.
+        runtime.engine_host_code_allowed = trusted
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise BackendUnavailable(

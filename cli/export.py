@@ -48,7 +48,9 @@ Examples:
 )
 @click.option("--sparsity", metavar="N:M", help="Require this pattern of zeros and let the compiler use it: 2:4.")
 @click.option(
-    "--calibration", metavar="FILE", help="Real texts: int8 is calibrated and float16 ranges are checked on them."
+    "--calibration",
+    metavar="FILE",
+    help="Real texts: int8 and fp8 are calibrated and float16 ranges are checked on them.",
 )
 @click.option("--calibration-samples", type=int, help="Rows of --calibration that are used.  [default: 300]")
 @click.option("--validation", metavar="FILE", help="What --floor is measured on.")
@@ -80,12 +82,17 @@ def command(
     checkpoint's, its quality against --floor. It carries its tokenizer and a manifest that hashes every file.
     """
     from ..backends.registry import backend_for, get_backend
+    from ..errors import UsageError
     from ..exporters.settings import ExportSettings, ShapeRange
     from ..files import check_output_folder
     from .console import done, print_json, show, working
     from .summary import artifact_summary, precision_table
 
     automatic = precision == "auto"
+    if validation is not None and settings["floor"] is None and not automatic:
+        raise UsageError("--validation is what --floor is measured on, and there is none.", "Add --floor, say 0.99.")
+    if kit_only and automatic:
+        raise UsageError("--kit-only and --precision auto contradict each other: a kit cannot be timed.")
     chosen = get_backend(backend)
     shapes = checked(ShapeRange, {**sizes("batch", batch), **sizes("sequence", sequence)})
     named = chosen.default_precision if automatic or precision is None else precision

@@ -180,15 +180,19 @@ def precision_table(attempts: list[dict[str, Any]]) -> Table:
     """What `--precision auto` tried, and what became of each."""
     from rich.table import Column, Table
 
-    table = Table("precision", "quality", "median", "speed-up of fp32", "size", Column("outcome", overflow="fold"))
+    table = Table("precision", "quality", "median", "speed-up", "size", Column("outcome", overflow="fold"))
     for attempt in attempts:
         ms, ratio, low, size = (attempt.get(name) for name in ("p50_ms", "speedup", "speedup_low", "size_mb"))
         table.add_row(
             attempt["precision"],
             attempt.get("quality", "-"),
             f"{ms:.3g} ms" if ms is not None else "-",
-            f"{ratio:.2f}x" + (f" (at least {low:.2f}x)" if low is not None else "") if ratio is not None else "-",
+            _speed_up(attempt["beside"], ratio, low) if ratio is not None else "-",
             f"{size:.1f} MB" if size is not None else "-",
             attempt["outcome"],
         )
     return table
+
+
+def _speed_up(beside: str, ratio: float, low: float | None) -> str:
+    return f"{ratio:.2f}x of {beside}" + (f" (at least {low:.2f}x)" if low is not None else "")

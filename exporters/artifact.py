@@ -92,6 +92,8 @@ class Manifest(BaseModel):
     caveats: list[str] = Field(default_factory=list)
     """What speaks against the artifact although it passed, such as an int8 that is slower than float32."""
     lineage: Lineage
+    stand_in: str | None = None
+    """What runs in the program's place where it was made, for checks of accuracy; such a program is not timed."""
     is_kit: bool = False
     """Still to be built on the device it is for."""
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))

@@ -130,23 +130,23 @@ def quantize_to_floor(
 
     component = exported.components["model"]
     feeds = [{name: value.numpy() for name, value in batch.items()} for batch in calibration]
-    batches = nncf.Dataset(list(range(len(calibration))), lambda index: feeds[index])
     ranked = list(calibration[:_RANKED_ON])
     before = _run_of(_compiled(component.program))
     expected = [before(batch) for batch in ranked]
 
     def validate(compiled: Any, items: Any) -> tuple[float, list[float]]:
-        """The metric over everything; of single items, how near their outputs are to the float program's."""
+        """NNCF asks for the metric with every item, and ranks with those alone that moved most: the one item beyond
+        the ranked batches stands for the validation data."""
         run, indices = _run_of(compiled), list(items)
-        nearness = [_nearness(run(ranked[index]), expected[index]) for index in indices]
-        whole = len(indices) == len(ranked)
-        return (floor.measure(run) if whole else float(np.mean(nearness))), nearness
+        nearness = [_nearness(run(ranked[i]), expected[i]) if i < len(ranked) else 0.0 for i in indices]
+        metric = floor.measure(run) if len(ranked) in indices else float(np.mean(nearness))
+        return metric, nearness
 
     with quiet_exporters(), _nncf_silent():
         component.program = nncf.quantize_with_accuracy_control(
             component.program,
-            calibration_dataset=batches,
-            validation_dataset=nncf.Dataset(list(range(len(ranked)))),
+            calibration_dataset=nncf.Dataset(feeds),
+            validation_dataset=nncf.Dataset(list(range(len(ranked) + 1))),
             validation_fn=validate,
             max_drop=max(floor.measure(before) - floor.least, 0.0),
             drop_type=nncf.DropType.ABSOLUTE,

@@ -71,3 +71,7 @@ class ExportedProgram:
     unverified: str | None = None
     is_kit: bool = False
     """The program still has to be built on the device it is for."""
+    stand_in: str | None = None
+    """What runs in the program's place where it was made, for checks of accuracy; such a program is not timed."""
+    biases_corrected: bool = False
+    """Quantising changed vectors (biases, norms) on purpose, so they are not audited."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,9 +73,9 @@ def tags(lineage: Lineage) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """Text from elsewhere on one line of Markdown, where it is neither a table's border nor code nor HTML."""
-    line = " ".join(text.split())
-    return line.replace("`", "'").replace("|", "\\|").replace("<", "&lt;")
+    """Text from elsewhere on one line of Markdown, where it is neither a table's border nor code, HTML or a link."""
+    line = " ".join(text.split()).replace("`", "'").replace("<", "&lt;")
+    return re.sub(r"([|\[\]!])", r"\\\1", line)
 
 
 def _licence(terms: Terms) -> str:

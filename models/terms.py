@@ -17,6 +17,9 @@ CARD_FILE = "README.md"
 HUB_PATTERNS = (CARD_FILE, "LICEN[CS]E*", "NOTICE*", "COPYING*")
 """What is to be downloaded of a model beside the model."""
 _LEGAL = ("license", "licence", "notice", "copying")
+_TEXT = ("", ".txt", ".md", ".rst", ".pdf", ".html")
+_LARGEST = 2**20
+"""Bytes of a licence or a card: what is larger is something else."""
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 _KEYS = (*_LICENCE_KEYS, "language", "base_model")
 
@@ -66,15 +69,20 @@ def read_terms(folder: Path, hub_id: str | None = None) -> Terms:
         InputError: a licence file or a card that is a link to a place outside the folder: what is copied from here may
             be published.
     """
+    folder = folder.resolve()
     # The hub's cache holds the files themselves beside its snapshots of links.
     home = folder.parent.parent if folder.parent.name == "snapshots" else folder
     files = {path.name: path_inside(home, str(path.relative_to(home))).read_bytes() for path in _legal_files(folder)}
-    header = _header(path_inside(home, str((folder / CARD_FILE).relative_to(home))))
+    card = path_inside(home, str((folder / CARD_FILE).relative_to(home)))
+    header = _header(card) if card.is_file() and card.stat().st_size <= _LARGEST else {}
     return Terms({**header, "base_model": hub_id} if hub_id else header, files)
 
 
 def _legal_files(folder: Path) -> Iterator[Path]:
-    yield from sorted(path for path in folder.iterdir() if path.name.lower().startswith(_LEGAL) and path.is_file())
+    for path in sorted(folder.iterdir()):
+        named = path.name.lower().startswith(_LEGAL) and path.suffix.lower() in _TEXT
+        if named and path.is_file() and path.stat().st_size <= _LARGEST:
+            yield path
 
 
 def _header(card: Path) -> dict[str, str | list[str]]:
@@ -82,8 +90,6 @@ def _header(card: Path) -> dict[str, str | list[str]]:
     import yaml
     from huggingface_hub import metadata_load
 
-    if not card.is_file():
-        return {}
     try:
         stated = metadata_load(card) or {}
     except (ValueError, yaml.YAMLError) as error:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from ..backends.base import BuildJob, Runner
 from ..backends.registry import backend_of_format, get_backend
@@ -13,6 +16,7 @@ from ..exporters.artifact import CheckRecord, Manifest, open_artifact, seal
 from ..exporters.model_card import write_model_card
 from ..exporters.settings import ExportSettings
 from ..files import check_output_folder, read_json, staged_folder
+from ..models.batching import Batch
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
 from ..models.terms import read_terms
@@ -49,13 +53,21 @@ def build(
             shutil.copyfile(kit / name, folder / name)
         job = BuildJob(kit, manifest, timing_cache, progress.say, progress.advance)
         evidence = backend.build(job, folder)
-        changes = {"format": backend.built_format, "is_kit": False, "unverified": None, "program_files": []}
-        built = manifest.model_copy(update={**changes, "evidence": {**manifest.evidence, **evidence}})
+        built = _built(manifest, backend.built_format, evidence)
         progress.say("comparing outputs with the kit's")
-        check = check_built(backend.load(folder, built), backend.load(kit, manifest), built, folder)
+        with closing(backend.load(folder, built)) as program, closing(backend.load(kit, manifest)) as graph:
+            check = check_built(program, graph, built, folder)
         built = built.model_copy(update={"checks": [*built.checks, check]})
         write_model_card(built, folder, read_terms(kit))
         return seal(built, folder)
+
+
+def _built(kit: Manifest, artifact_format: str, evidence: Mapping[str, Any]) -> Manifest:
+    """The kit's manifest as that of what was built of it here and now; checks that the kit has passed are named so."""
+    checks = [check.model_copy(update={"name": f"{check.name} of the kit"}) for check in kit.checks]
+    fields = kit.model_dump(exclude={"created", "limbeck", "versions", "cpu", "gpus", "artifact_id", "files", "checks"})
+    changes = {"format": artifact_format, "is_kit": False, "unverified": None, "stand_in": None, "program_files": []}
+    return Manifest.model_validate({**fields, **changes, "evidence": {**kit.evidence, **evidence}, "checks": checks})
 
 
 def check_built(program: Runner, kit: Runner, built: Manifest, folder: Path) -> CheckRecord:
@@ -68,14 +80,16 @@ def check_built(program: Runner, kit: Runner, built: Manifest, folder: Path) -> 
         ExportMismatch: outputs differ by more than the precision explains.
     """
     vocabulary = vocabulary_of(read_json(folder / "config.json"), folder)
-    names = [spec.name for spec in built.inputs]
-    shapes = backend_of_format(built.format).built_shapes(folder)
-    probes = ((f"{shape[0]} x {shape[1]}", random_ids(names, vocabulary, shape, seed=0)) for shape in shapes)
-    try:
-        check = check_parity(program, kit, probes, built.settings.precision)
-    finally:
-        program.close()
-        kit.close()
+    names, shapes = [spec.name for spec in built.inputs], built.settings.shapes
+    sizes = backend_of_format(built.format).built_shapes(folder) or [
+        (shapes.min_batch, shapes.opt_sequence),
+        (shapes.opt_batch, shapes.opt_sequence),
+    ]
+    probes = (
+        (f"{batch} x {sequence}, padded", _padded(random_ids(names, vocabulary, (batch, sequence), seed=0)))
+        for batch, sequence in sizes
+    )
+    check = check_parity(program, kit, probes, built.settings.precision)
     check = check.model_copy(update={"name": "parity with the kit"})
     if not check.passed:
         raise ExportMismatch(
@@ -83,6 +97,14 @@ def check_built(program: Runner, kit: Runner, built: Manifest, folder: Path) -> 
             "Nothing was written. Build it with another version of the compiler, or export at another --precision.",
         )
     return check
+
+
+def _padded(batch: Batch) -> Batch:
+    """The batch with its second row, and every other after it, cut to half its length, so that a mask that is not
+    heeded shows."""
+    mask = batch["attention_mask"].clone()
+    mask[1::2, max(1, mask.shape[1] // 2) :] = 0
+    return {**batch, "attention_mask": mask}
 
 
 def export_for_device(

@@ -8,10 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..backends.base import ExportJob, Runner
-from ..backends.fitted import FittedRunner
 from ..backends.registry import backend_for, get_backend
 from ..errors import ExportMismatch, UsageError
 from ..exporters.artifact import CheckRecord, Manifest, seal
+from ..exporters.fitting import fitted, padded_to
 from ..exporters.inputs import probe_batch, probe_batches, token_stream
 from ..exporters.model_card import write_model_card
 from ..exporters.program import ExportedProgram, Floor
@@ -21,7 +21,7 @@ from ..models.batching import Batch, Examples, Run, pad
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
 from ..models.lineage import TRAINING_ROWS_FILE
-from ..validate.measurement import score_run, set_standard
+from ..validate.measurement import score_run, scores_of, set_standard
 from ..validate.parity import check_parity
 from ..validate.quality import headline_metric, higher_is_better
 from ..validate.speed import medians_in_turn
@@ -33,15 +33,17 @@ _SLOWER = 1.02
 """Times as long as float32: what is said to be slower is so by more than a clock's noise."""
 
 
-def calibration_batches(checkpoint: Checkpoint, data: Data | None, samples: int) -> list[Batch]:
-    """Real inputs, one row a batch (so that no padding distorts what an int8 range is set by)."""
+def calibration_batches(checkpoint: Checkpoint, data: Data | None, settings: ExportSettings) -> list[Batch]:
+    """Real inputs, one row a batch (so that no padding distorts what an int8 range is set by) unless the program's
+    sizes want more."""
     if data is None:
         return []
+    samples, shapes = settings.calibration_samples, settings.shapes.within(checkpoint.max_length)
     examples: Examples = checkpoint.task.examples(
-        data.head(samples), checkpoint.tokenizer, checkpoint.max_length, checkpoint.model.config
+        data.head(samples), checkpoint.tokenizer, shapes.max_sequence, checkpoint.model.config
     )
     batches = (pad([feature], checkpoint.tokenizer) for feature in examples.features[:samples])
-    return [checkpoint.model_inputs(batch) for batch in batches]
+    return [padded_to(checkpoint.model_inputs(batch), shapes) for batch in batches]
 
 
 def export(
@@ -71,31 +73,51 @@ def export(
             `out` that holds something.
         BackendUnavailable: a package that the export needs is missing.
     """
-    backend = backend_for(settings)
-    settings = _for_model(settings, checkpoint)
+    backend_for(settings)
+    settings = fit_to_model(settings, checkpoint)
     check_output_folder(out, overwrite)
-    floor = _floor(checkpoint, validation, settings.floor, progress)
-    batches = calibration_batches(checkpoint, calibration, settings.calibration_samples)
+    floor = measure_floor(checkpoint, validation, settings, progress)
+    return export_checked(
+        checkpoint, settings, out, floor, calibration=calibration, beside_float=beside_float, overwrite=overwrite,
+        progress=progress,
+    )  # fmt: skip
+
+
+def export_checked(
+    checkpoint: Checkpoint,
+    settings: ExportSettings,
+    out: Path,
+    floor: Floor | None,
+    *,
+    calibration: Data | None,
+    beside_float: bool,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Manifest:
+    """`export` with its floor measured beforehand."""
+    backend = backend_for(settings)
+    batches = calibration_batches(checkpoint, calibration, settings)
     with staged_folder(out, overwrite) as folder:
         program = backend.export(ExportJob(checkpoint, settings, batches, floor, progress.say), folder)
         # transformers' exporters write the configuration too; it goes with the model, not with the program.
         program_files = [path.as_posix() for path in files_below(folder) if path.as_posix() != "config.json"]
         _write_companions(checkpoint, folder)
         manifest = _manifest(checkpoint, settings, program)
-        runner = backend.load(folder, manifest)
-        with closing(runner):
+        with closing(backend.load(folder, manifest)) as runner:
             checks = _check(checkpoint, settings, program, runner, batches, progress)
-            checks += [_held(floor, FittedRunner(runner, settings.shapes), progress)] if floor is not None else []
+            checks += [_held(floor, runner, progress)] if floor is not None else []
             _refuse_failed(checks, settings)
-            timed = beside_float and settings.precision in QUANTISED and not program.is_kit
-            caveats = _slower_than_float(checkpoint, settings, runner, progress) if timed else []
+            timed = beside_float and settings.precision in QUANTISED and "fp32" in backend.precisions
+            caveats = (
+                _slower_than_float(checkpoint, settings, runner, progress) if timed and not manifest.stand_in else []
+            )
         changes = {"checks": checks, "program_files": program_files, "caveats": caveats}
         manifest = manifest.model_copy(update=changes)
         write_model_card(manifest, folder, checkpoint.terms)
         return seal(manifest, folder)
 
 
-def _for_model(settings: ExportSettings, checkpoint: Checkpoint) -> ExportSettings:
+def fit_to_model(settings: ExportSettings, checkpoint: Checkpoint) -> ExportSettings:
     """The settings with sizes that the model has positions for."""
     try:
         return settings.model_copy(update={"shapes": settings.shapes.within(checkpoint.max_length)})
@@ -106,23 +128,27 @@ def _for_model(settings: ExportSettings, checkpoint: Checkpoint) -> ExportSettin
         ) from error
 
 
-def _floor(checkpoint: Checkpoint, data: Data | None, share: float | None, progress: Progress) -> Floor | None:
-    """The share of the checkpoint's own quality on the data as a figure of its headline metric."""
-    if share is None:
+def measure_floor(
+    checkpoint: Checkpoint, data: Data | None, settings: ExportSettings, progress: Progress = SILENT
+) -> Floor | None:
+    """The share of the checkpoint's own quality on the data as a figure of its headline metric; `None` where the
+    settings have no floor. Texts are cut at what the program takes."""
+    if settings.floor is None:
         return None
     if data is None:
         raise UsageError("A floor of quality has to be measured on something.", "Add --validation FILE.")
     progress.say("measuring the checkpoint")
-    standard = set_standard(checkpoint, data, progress=progress.advance)
-    own = score_run(checkpoint.run, standard)
+    shapes = settings.shapes
+    standard = set_standard(checkpoint, data, max_length=shapes.max_sequence, progress=progress.advance)
+    own = scores_of(standard.predictions, standard)
     metric = headline_metric(checkpoint.task.name, own)
     better = higher_is_better(metric)
 
     def measure(run: Run) -> float:
-        found = score_run(run, standard)[metric]
+        found = score_run(fitted(run, shapes), standard)[metric]
         return found if better else -found
 
-    return Floor(metric, own[metric] * share if better else -own[metric] / share, measure)
+    return Floor(metric, own[metric] * settings.floor if better else -own[metric] / settings.floor, measure)
 
 
 def _write_companions(checkpoint: Checkpoint, folder: Path) -> None:
@@ -152,6 +178,7 @@ def _manifest(checkpoint: Checkpoint, settings: ExportSettings, program: Exporte
         evidence=dict(program.evidence),
         unverified=program.unverified or (_NOT_AUDITED if program.weights is None else None),
         is_kit=program.is_kit,
+        stand_in=program.stand_in,
         lineage=checkpoint.lineage,
     )
 
@@ -172,8 +199,7 @@ def _check(
     checks = [check_parity(runner, checkpoint.run, probes, settings.precision)]
     if program.weights is not None:
         progress.say("auditing the weights")
-        quantised = settings.precision in QUANTISED
-        checks.append(audit_weights(checkpoint.module, program.weights, quantised=quantised))
+        checks.append(audit_weights(checkpoint.module, program.weights, corrected=program.biases_corrected))
     return checks
 
 

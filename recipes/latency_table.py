@@ -8,7 +8,6 @@ process each, rounds in turn; the difference, divided by the number of layers, i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -24,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .. import __version__
 from ..backends.registry import backend_for
-from ..environment import cpu_facts, gpu_facts, versions
+from ..environment import cache_folder, cpu_facts, gpu_facts, versions
 from ..errors import BackendUnavailable, InputError, UsageError
 from ..exporters.settings import ExportSettings, ShapeRange
 from ..files import read_document, sha256_of_json, write_json
@@ -40,7 +39,6 @@ from ..validate.latency import BenchSettings, BenchSubject, bench, speedup
 from .progress import SILENT, Progress
 from .steps import build, export
 
-CACHE_VARIABLE = "LIMBECK_CACHE"
 _SCHEMA = 1
 _AT_ONCE = 4
 """Variants in one bench beside the model itself: each is a process that holds a whole runtime."""
@@ -226,13 +224,6 @@ def latency_table(timing: SideBySide, cache: Path | None = None) -> LatencyTable
     table = _measured(timing, shape, key, of)
     write_json(path, table.model_dump(mode="json"))
     return table
-
-
-def cache_folder() -> Path:
-    """Where tables are kept: the folder that `LIMBECK_CACHE` names, else limbeck's in the user's cache."""
-    if own := os.environ.get(CACHE_VARIABLE):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limbeck"
 
 
 def _kept(path: Path, key: str) -> LatencyTable | None:

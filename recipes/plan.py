@@ -85,12 +85,13 @@ def measured_costs(
     recipe: Recipe, wanted: Export, subject: Subject, metrics: Collection[str], progress: Progress
 ) -> dict[str, float]:
     """What a model costs in the format of an export: compiled, weighed, and timed beside the teacher where `metrics`
-    asks for more than its size (and the device is here)."""
+    asks for more than its size (and the device is here). A floor is not held: the model may be untrained. Where the
+    precision is yet to be found (`auto`), float32 stands for it, which whatever is found is not slower than."""
     settings = wanted.settings()
     rows = min(settings.calibration_samples, _CALIBRATION_ROWS)  # ranges change nothing about the cost
     with TemporaryDirectory(prefix="limbeck-plan-") as folder:
         target = Path(folder) / wanted.name
-        settings = settings.model_copy(update={"calibration_samples": rows})
+        settings = settings.model_copy(update={"calibration_samples": rows, "floor": None})
         manifest = export(
             subject.checkpoint,
             settings,

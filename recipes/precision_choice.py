@@ -10,15 +10,16 @@ from tempfile import TemporaryDirectory
 
 from pydantic import BaseModel, ConfigDict
 
-from ..backends.registry import backend_for, get_backend
+from ..backends.registry import get_backend
 from ..errors import BackendUnavailable, ExportMismatch, InputError, UsageError
 from ..exporters.artifact import Manifest, artifact_size, read_manifest, seal
+from ..exporters.program import Floor
 from ..exporters.settings import CALIBRATED, ExportSettings, Precision
 from ..files import check_output_folder, staged_folder
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
 from ..validate.latency import BenchSettings, BenchSubject, bench, speedup
-from .exporting import export
+from .exporting import export_checked, fit_to_model, measure_floor
 from .progress import SILENT, Progress
 
 DEFAULT_FLOOR = 0.99
@@ -36,8 +37,10 @@ class Attempt(BaseModel):
     quality: str | None = None
     """What was found of the floor's metric; `None` where there is no program."""
     p50_ms: float | None = None
+    beside: Precision | None = None
+    """What it is compared with: float32, or where that is none of those that hold, the first that does."""
     speedup: float | None = None
-    """Of float32's latency; the lower end of its interval is what counts."""
+    """How many times faster than `beside`; the lower end of its interval is what counts."""
     speedup_low: float | None = None
     size_mb: float | None = None
     outcome: str
@@ -66,14 +69,11 @@ def export_fastest(
     """
     if validation is None:
         raise UsageError("--precision auto has to measure quality on something.", "Add --validation FILE.")
-    settings = settings.model_copy(update={"floor": settings.floor or DEFAULT_FLOOR})
+    refuse_untimed(settings.backend)
     backend = get_backend(settings.backend)
-    if backend.built_format:
-        raise UsageError(
-            f"--precision auto times programs, and those of {backend.name} are built elsewhere.",
-            f"Name one of {', '.join(backend.precisions)}.",
-        )
     check_output_folder(out, overwrite)
+    settings = fit_to_model(settings.model_copy(update={"floor": settings.floor or DEFAULT_FLOOR}), checkpoint)
+    floor = measure_floor(checkpoint, validation, settings, progress)
     with TemporaryDirectory(prefix="limbeck-") as place:
         attempts, held = [], []
         for precision in backend.precisions:
@@ -81,7 +81,7 @@ def export_fastest(
                 continue
             progress.begin(precision)
             wanted, folder = settings.model_copy(update={"precision": precision}), Path(place) / precision
-            refused = _refusal(checkpoint, wanted, folder, calibration, validation, progress)
+            refused = _refusal(checkpoint, wanted, folder, floor, calibration, progress)
             if refused is None:
                 held.append(precision)
             else:
@@ -89,7 +89,7 @@ def export_fastest(
         if not held:
             said = "; ".join(f"{attempt.precision}: {attempt.outcome}" for attempt in attempts)
             raise ExportMismatch(f"No precision of {backend.name} holds the floor here: {said}")
-        attempts += _timed(held, Path(place), settings, checkpoint.max_length, progress)
+        attempts += _timed(held, Path(place), settings, progress)
         chosen = next(attempt.precision for attempt in attempts if attempt.outcome == "chosen")
         with staged_folder(out, overwrite) as folder:
             shutil.copytree(Path(place) / chosen, folder, dirs_exist_ok=True)
@@ -99,38 +99,43 @@ def export_fastest(
             return seal(manifest.model_copy(update={"evidence": evidence}), folder)
 
 
+def refuse_untimed(backend_name: str) -> None:
+    """Refuse to choose among programs that this machine cannot run, before any work.
+
+    Raises:
+        UsageError: a backend whose programs are built on another device.
+    """
+    backend = get_backend(backend_name)
+    if backend.built_format:
+        raise UsageError(
+            f"The precision auto times programs, and those of {backend.name} are built elsewhere.",
+            f"Name one of {', '.join(backend.precisions)}.",
+        )
+
+
 def _refusal(
     checkpoint: Checkpoint,
     settings: ExportSettings,
     folder: Path,
+    floor: Floor | None,
     calibration: Data | None,
-    validation: Data,
     progress: Progress,
 ) -> str | None:
     """Export into the folder; why that is no candidate, or `None` where it is one."""
     if settings.precision in CALIBRATED and calibration is None:
         return "no --calibration was given"
     try:
-        backend_for(settings)
-        manifest = export(
-            checkpoint,
-            settings,
-            folder,
-            calibration=calibration,
-            validation=validation,
-            beside_float=False,
-            progress=progress,
+        manifest = export_checked(
+            checkpoint, settings, folder, floor, calibration=calibration, beside_float=False, progress=progress
         )
     except (ExportMismatch, BackendUnavailable, InputError) as error:
         return error.message
-    return f"not what runs here: {manifest.unverified}" if manifest.unverified else None
+    return f"not what runs here: {manifest.stand_in} does" if manifest.stand_in else None
 
 
-def _timed(
-    held: Sequence[Precision], place: Path, settings: ExportSettings, longest: int, progress: Progress
-) -> list[Attempt]:
+def _timed(held: Sequence[Precision], place: Path, settings: ExportSettings, progress: Progress) -> list[Attempt]:
     """Those that hold the floor, timed in turn, with the outcome of each."""
-    shapes = settings.shapes.within(longest)
+    shapes = settings.shapes
     shape = BenchSettings(batch_size=shapes.opt_batch, sequence_length=shapes.opt_sequence, rounds=_ROUNDS)
     progress.begin("timing")
     subjects = [BenchSubject(name=name, path=place / name, kind="artifact") for name in held]
@@ -143,6 +148,7 @@ def _timed(
         Attempt(
             precision=name,
             quality=_quality(place / name),
+            beside=base,
             p50_ms=results[name].latency(None).p50_ms,
             speedup=ratios[name].point,
             speedup_low=ratios[name].low,

@@ -88,9 +88,13 @@ class RecipeRun:
     def _refuse_early(self, folders: Mapping[str, Path]) -> None:
         """What cannot work is said before anything is trained: a backend that is not here, data without its columns, an
         objective that does not exist, a metric that nothing gives."""
+        from .precision_choice import refuse_untimed
+
         for export in self.recipe.exports:
             if not folders[export.name].exists():
                 backend_for(export.settings())
+                if export.precision == "auto":
+                    refuse_untimed(export.backend)
                 if export.measures_quality:
                     self._refuse_shared_rows()
         to_do = [stage for stage in self.recipe.stages if not folders[stage.name].exists()]

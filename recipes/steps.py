@@ -203,7 +203,7 @@ def _timed(
 ) -> tuple[Candidate, list[Candidate]]:
     """Teacher and artifacts timed in turn. A kit is left out: its device is elsewhere, and its graph's time here would
     say nothing."""
-    names = [name for name in artifacts if not opened[name].is_kit]
+    names = [name for name in artifacts if not (opened[name].is_kit or opened[name].stand_in)]
     subjects = [BenchSubject(name="teacher", path=Path(teacher.source), kind="checkpoint", task=teacher.task.name)]
     subjects += [BenchSubject(name=name, path=artifacts[name], kind="artifact") for name in names]
     results = {result.subject.name: result for result in time_side_by_side(subjects, settings, progress.say)}

@@ -37,6 +37,8 @@ class Standard:
     predictions: Predictions
     pairs: bool = False
     """The examples are pairs of texts."""
+    max_length: int | None = None
+    """Tokens that texts are cut at; the teacher's own limit where not given."""
 
     @property
     def data_name(self) -> str:
@@ -56,12 +58,17 @@ def examples_for(task_of: Checkpoint, data: Data, tokenizer: PreTrainedTokenizer
 
 
 def set_standard(
-    teacher: Checkpoint, data: Data, run: Run | None = None, progress: Progress = lambda done, total: None
+    teacher: Checkpoint,
+    data: Data,
+    run: Run | None = None,
+    *,
+    max_length: int | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Standard:
     """Run the teacher (eager torch unless `run` is another way to it) over the data."""
-    examples = examples_for(teacher, data, teacher.tokenizer, teacher.max_length)
+    examples = examples_for(teacher, data, teacher.tokenizer, max_length or teacher.max_length)
     answers = predict(run or teacher.run, examples, teacher.task, teacher.tokenizer, progress=progress)
-    return Standard(teacher, data, examples.references, answers, examples.pairs)
+    return Standard(teacher, data, examples.references, answers, examples.pairs, max_length)
 
 
 def score_checkpoint(checkpoint: Checkpoint, standard: Standard, batch_size: int = 32) -> dict[str, float]:
@@ -74,7 +81,7 @@ def score_checkpoint(checkpoint: Checkpoint, standard: Standard, batch_size: int
     examples = examples_for(standard.teacher, standard.data, checkpoint.tokenizer, checkpoint.max_length)
     checkpoint.module.eval()  # it may be in the middle of its training
     answers = predict(checkpoint.run, examples, checkpoint.task, checkpoint.tokenizer, batch_size=batch_size)
-    return _scores(answers, standard)
+    return scores_of(answers, standard)
 
 
 def score_run(run: Run, standard: Standard) -> dict[str, float]:
@@ -84,12 +91,12 @@ def score_run(run: Run, standard: Standard) -> dict[str, float]:
         InputError: too few examples.
     """
     teacher = standard.teacher
-    examples = examples_for(teacher, standard.data, teacher.tokenizer, teacher.max_length)
-    answers = predict(run, examples, teacher.task, teacher.tokenizer)
-    return _scores(answers, standard)
+    examples = examples_for(teacher, standard.data, teacher.tokenizer, standard.max_length or teacher.max_length)
+    return scores_of(predict(run, examples, teacher.task, teacher.tokenizer), standard)
 
 
-def _scores(answers: Predictions, standard: Standard) -> dict[str, float]:
+def scores_of(answers: Predictions, standard: Standard) -> dict[str, float]:
+    """The metrics of a run's answers by name, without intervals."""
     return score(
         standard.teacher.task.name,
         standard.predictions,

@@ -18,11 +18,11 @@ _SLACK = 1e-5
 _LISTED = 10
 
 
-def audit_weights(module: nn.Module, weights: Iterable[ProgramWeight], *, quantised: bool = False) -> CheckRecord:
+def audit_weights(module: nn.Module, weights: Iterable[ProgramWeight], *, corrected: bool = False) -> CheckRecord:
     """Compare each weight with the module's own, within the rounding that its storage explains.
 
-    A parameter that the program lacks fails the audit, unless a tied twin of it was found. In a quantised program
-    vectors (biases, norms) are not compared: bias correction changes them on purpose.
+    A parameter that the program lacks fails the audit, unless a tied twin of it was found. With `corrected`, vectors
+    (biases, norms) are not compared: the quantiser's bias correction changed them on purpose.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
     twins = {name: id(parameter) for name, parameter in parameters.items()}
@@ -31,7 +31,7 @@ def audit_weights(module: nn.Module, weights: Iterable[ProgramWeight], *, quanti
     compared = 0
     for weight in weights:
         parameter = parameters.get(weight.name)
-        if parameter is None or (quantised and parameter.ndim < 2):
+        if parameter is None or (corrected and parameter.ndim < 2):
             continue
         found.add(twins[weight.name])
         compared += 1
@@ -42,7 +42,7 @@ def audit_weights(module: nn.Module, weights: Iterable[ProgramWeight], *, quanti
     wrong += [
         {"weight": name, "problem": "not in the program"}
         for name, parameter in parameters.items()
-        if twins[name] not in found and not (quantised and parameter.ndim < 2)
+        if twins[name] not in found and not (corrected and parameter.ndim < 2)
     ]
     return CheckRecord(
         name="weight audit",

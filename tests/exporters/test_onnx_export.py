@@ -58,7 +58,7 @@ class Export:
     def audit(self, folder: Path | None = None, checkpoint: Checkpoint | None = None) -> Any:
         weights = read_weights((folder or self.folder) / GRAPH_FILE)
         module = (checkpoint or self.checkpoint).module
-        return audit_weights(module, weights, quantised=self.precision == "int8")
+        return audit_weights(module, weights)
 
     def copy_to(self, folder: Path) -> Path:
         return Path(shutil.copytree(self.folder, folder))
@@ -150,7 +150,7 @@ def test_a_checkpoint_that_changed_after_the_export_is_found(
     assert name in audit.detail and "(1 weights are wrong)" in audit.detail
     # What the program lacks altogether is named too.
     lacking = [weight for weight in read_weights(export.folder / GRAPH_FILE) if not weight.name.endswith(name)]
-    missing = audit_weights(export.checkpoint.module, lacking, quantised=precision == "int8")
+    missing = audit_weights(export.checkpoint.module, lacking)
     assert not missing.passed and f"{name}: not in the program" in missing.detail
 
 

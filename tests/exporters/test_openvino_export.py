@@ -51,7 +51,7 @@ class Export:
     def audit(self, folder: Path | None = None) -> Any:
         module = self.checkpoint.module
         weights = read_weights((folder or self.folder) / GRAPH_FILE, module)
-        return audit_weights(module, weights, quantised=self.precision == "int8")
+        return audit_weights(module, weights, corrected=self.precision == "int8")
 
 
 @pytest.fixture(scope="module")

@@ -247,7 +247,7 @@ def test_a_quantised_kit_is_symmetric_and_quantises_products_with_weights_only(
         )
     assert parity.passed, parity.rows
     assert min(float(row["cosine"]) for row in parity.rows) > 0.99
-    audit = audit_weights(kit.checkpoint.module, kit.program.weights, quantised=True)
+    audit = audit_weights(kit.checkpoint.module, kit.program.weights)
     assert audit.passed and not audit.rows, audit.rows
     assert ("float16 range" in kit.program.evidence) == (rest == "fp16")
     assert kit.program.compile_properties["where not quantised"] == rest
@@ -280,7 +280,7 @@ def test_the_audit_sees_a_float8_weight_that_is_a_step_away(
     codes.view(np.uint8)[0, 0] ^= 0b11  # one or three steps within the same power of two
     value.const_value = onnx_ir.Tensor(codes, name=name)
     onnx_ir.save(model, str(tmp_path / "model.onnx"), external_data="model.onnx.data")
-    audit = audit_weights(kit.checkpoint.module, read_weights(tmp_path / "model.onnx"), quantised=True)
+    audit = audit_weights(kit.checkpoint.module, read_weights(tmp_path / "model.onnx"))
     assert not audit.passed and "lin1.weight" in audit.detail
 
 

@@ -65,7 +65,7 @@ def test_a_weight_that_is_not_the_checkpoints_is_found(
     weight = dict(checkpoint.model.named_parameters())[f"{part}.weight"]
     with torch.no_grad():
         weight[3] += 0.4 * weight.abs().max()
-    audit = audit_weights(checkpoint.module, read_weights(tmp_path / "out" / GRAPH_FILE), quantised=True)
+    audit = audit_weights(checkpoint.module, read_weights(tmp_path / "out" / GRAPH_FILE))
     assert not audit.passed and f"{part}.weight" in audit.detail
 
 

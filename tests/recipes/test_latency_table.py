@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from limbeck.environment import cache_folder
 from limbeck.errors import BackendUnavailable, UsageError
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint
 from limbeck.models.embedding import Pooling
@@ -19,7 +20,7 @@ from limbeck.models.shapes import LayerShape
 from limbeck.models.surgery import Selection, select
 from limbeck.prune.budget_settings import Budget
 from limbeck.recipes import latency_table as module
-from limbeck.recipes.latency_table import LatencyTable, Point, SideBySide, Target, cache_folder, dependencies
+from limbeck.recipes.latency_table import LatencyTable, Point, SideBySide, Target, dependencies
 from limbeck.recipes.progress import Progress
 from limbeck.validate.latency import BenchSettings
 
