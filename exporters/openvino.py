@@ -131,17 +131,21 @@ def quantize_to_floor(
     component = exported.components["model"]
     feeds = [{name: value.numpy() for name, value in batch.items()} for batch in calibration]
     ranked = list(calibration[:_RANKED_ON])
-    before = _run_of(_compiled(component.program))
+    before = run_of(compiled(component.program))
     expected = [before(batch) for batch in ranked]
 
-    def validate(compiled: Any, items: Any) -> tuple[float, list[float]]:
+    def validate(program: Any, items: Any) -> tuple[float, list[float]]:
         """NNCF asks for the metric with every item, and ranks with those alone that moved most: the one item beyond
         the ranked batches stands for the validation data."""
-        run, indices = _run_of(compiled), list(items)
+        run, indices = run_of(program), list(items)
         nearness = [_nearness(run(ranked[i]), expected[i]) if i < len(ranked) else 0.0 for i in indices]
         metric = floor.measure(run) if len(ranked) in indices else float(np.mean(nearness))
         return metric, nearness
 
+    # Putting a product back restores its weight as it was, but not what SmoothQuant multiplied its input by (NNCF 3.4).
+    unsmoothed = nncf.AdvancedQuantizationParameters(
+        smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
+    )
     with quiet_exporters(), _nncf_silent():
         component.program = nncf.quantize_with_accuracy_control(
             component.program,
@@ -152,6 +156,7 @@ def quantize_to_floor(
             drop_type=nncf.DropType.ABSOLUTE,
             subset_size=len(calibration),
             model_type=nncf.ModelType.TRANSFORMER,
+            advanced_quantization_parameters=unsmoothed,
             advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
                 ranking_subset_size=len(ranked)
             ),
@@ -172,18 +177,19 @@ def _is_float_constant(node: Any) -> bool:
     return node.get_type_name() == "Constant" and bool(node.get_element_type().is_real())
 
 
-def _compiled(model: Any) -> Any:
+def compiled(model: Any) -> Any:
+    """An `openvino.Model` compiled for the CPU in float32."""
     import openvino
 
     return openvino.Core().compile_model(model, "CPU", COMPILE_PROPERTIES["fp32"])
 
 
-def _run_of(compiled: Any) -> Run:
+def run_of(program: Any) -> Run:
     """A compiled model as whatever else computes a batch's outputs."""
-    inputs, outputs = ([port.get_any_name() for port in ports] for ports in (compiled.inputs, compiled.outputs))
+    inputs, outputs = ([port.get_any_name() for port in ports] for ports in (program.inputs, program.outputs))
 
     def run(batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        values = compiled({name: batch[name].numpy() for name in inputs})
+        values = program({name: batch[name].numpy() for name in inputs})
         return {name: values[name].astype("float32") for name in outputs}
 
     return run

@@ -367,8 +367,8 @@ def test_an_export_that_fails_its_checks_leaves_nothing(
 
 def test_what_the_backend_cannot_do_is_said_before_any_work(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint("bert"))
-    with pytest.raises(UsageError, match="no precision bf16; it has fp32, fp16, int8"):
-        export(checkpoint, settings_for("bf16"), tmp_path / "out")
+    with pytest.raises(UsageError, match="no precision fp8; it has fp32, fp16, bf16, int8"):
+        export(checkpoint, settings_for("fp8"), tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(UsageError, match="not empty"):

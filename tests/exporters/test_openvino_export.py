@@ -18,8 +18,17 @@ from limbeck.backends.openvino import OpenVINOBackend, OpenVINORunner
 from limbeck.environment import cpu_facts
 from limbeck.errors import InputError
 from limbeck.exporters.inputs import probe_batch, probe_batches
-from limbeck.exporters.openvino import COMPILE_PROPERTIES, GRAPH_FILE, read_weights
-from limbeck.exporters.program import ExportedProgram
+from limbeck.exporters.openvino import (
+    COMPILE_PROPERTIES,
+    GRAPH_FILE,
+    compiled,
+    export_graph,
+    quantize_int8,
+    quantize_to_floor,
+    read_weights,
+    run_of,
+)
+from limbeck.exporters.program import ExportedProgram, Floor
 from limbeck.exporters.settings import ExportSettings, ShapeRange
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint
 from limbeck.validate.parity import check_parity
@@ -194,3 +203,26 @@ def test_the_prepared_call_computes_the_batch_that_it_was_given(exported: Callab
     batch = probe_batch(export.checkpoint, 2, 7)
     (found,) = runner.prepare(batch)().values()  # type: ignore[attr-defined]
     np.testing.assert_allclose(found, export.checkpoint.run(batch)["logits"], atol=1e-4)
+
+
+def test_accuracy_control_puts_back_what_int8_costs(tiny_checkpoint: TinyCheckpoint) -> None:
+    """One channel carries what int8 of the whole row cannot hold; putting everything back would be no answer either."""
+    checkpoint = load_checkpoint(tiny_checkpoint("bert", task="text-classification"))
+    layer = checkpoint.model.bert.encoder.layer[0]
+    with torch.no_grad():
+        layer.intermediate.dense.weight[5] *= 30_000
+        layer.output.dense.weight[:, 5] /= 30_000
+    calibration = [probe_batch(checkpoint, 1, length) for length in range(2, 60, 2)]
+    expected = [checkpoint.run(batch)["logits"] for batch in calibration]
+
+    def nearness(run: Any) -> float:
+        found = [run(batch)["logits"] for batch in calibration]
+        return -float(np.mean([np.mean((a - b) ** 2) for a, b in zip(found, expected, strict=True)]))
+
+    plain, held = (export_graph(checkpoint, settings_for("int8")) for _ in range(2))
+    quantize_int8(plain, calibration)
+    lost = nearness(run_of(compiled(plain.program)))
+    told = quantize_to_floor(held, calibration, Floor("nearness", lost / 10, nearness))
+    assert nearness(run_of(compiled(held.program))) >= lost / 10
+    products = {name for name, part in checkpoint.module.named_modules() if isinstance(part, torch.nn.Linear)}
+    assert set() < set(told["float again"]) < products
