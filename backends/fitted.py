@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from ..errors import InputError
 from .base import Runner
 
 if TYPE_CHECKING:
@@ -37,14 +38,30 @@ class FittedRunner(Runner):
         rows, tokens = next(iter(batch.values())).shape
         missing_rows, missing_tokens = max(self._shapes.min_batch - rows, 0), max(self._shapes.min_sequence - tokens, 0)
         if not missing_rows and not missing_tokens:
-            return self._runner(batch)
-        outputs = self._runner({name: _padded(value, missing_rows, missing_tokens) for name, value in batch.items()})
+            return self._run(batch)
+        outputs = self._run({name: _padded(value, missing_rows, missing_tokens) for name, value in batch.items()})
         longer = (rows + missing_rows, tokens + missing_tokens)
         return {
             # Per token [batch, sequence, ...], per text [batch, ...].
             name: value[:rows, :tokens] if value.ndim >= 3 and value.shape[:2] == longer else value[:rows]
             for name, value in outputs.items()
         }
+
+    def _run(self, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        try:
+            return self._runner(batch)
+        except InputError as error:
+            tokens, least, most = (
+                next(iter(batch.values())).shape[1],
+                self._shapes.min_sequence,
+                self._shapes.max_sequence,
+            )
+            if tokens <= most:
+                raise
+            raise InputError(
+                f"The program takes sequences of {least} to {most} tokens, not of {tokens}.",
+                "Cut the texts, or export it again with a wider --sequence.",
+            ) from error
 
     def prepare(self, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
         return self._runner.prepare(batch)

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from ..backends.base import ExportJob, Runner
 from ..backends.fitted import FittedRunner
 from ..backends.registry import backend_for, get_backend
-from ..errors import ExportMismatch, UsageError
+from ..errors import ExportMismatch, InputError, UsageError
 from ..exporters.artifact import CheckRecord, Manifest, seal
 from ..exporters.inputs import probe_batch, probe_batches, token_stream
 from ..exporters.model_card import write_model_card
@@ -69,9 +69,11 @@ def export(
             left at `out`.
         UsageError: a precision, sparsity or option that the backend does not have, a floor without `validation`, or an
             `out` that holds something.
+        InputError: a weight that is not a number, or an operator that the backend's compiler does not have.
         BackendUnavailable: a package that the export needs is missing.
     """
     backend = backend_for(settings)
+    _require_numbers(checkpoint)
     settings = _for_model(settings, checkpoint)
     check_output_folder(out, overwrite)
     floor = _floor(checkpoint, validation, settings.floor, progress)
@@ -93,6 +95,20 @@ def export(
         manifest = manifest.model_copy(update=changes)
         write_model_card(manifest, folder, checkpoint.terms)
         return seal(manifest, folder)
+
+
+def _require_numbers(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that a training gone wrong has left: nothing that is exported of it could be right.
+
+    Raises:
+        InputError: a weight holds NaN.
+    """
+    for name, weight in checkpoint.module.named_parameters():
+        if weight.isnan().any():
+            raise InputError(
+                f"The weight {name} of {checkpoint.source} holds {int(weight.isnan().sum()):,} NaN.",
+                "It was written by a training that diverged: go back to an earlier checkpoint.",
+            )
 
 
 def _for_model(settings: ExportSettings, checkpoint: Checkpoint) -> ExportSettings:
