@@ -115,10 +115,14 @@ def _swap(staging: Path, target: Path) -> None:
 def _disk_full_named(target: Path) -> Iterator[None]:
     try:
         yield
-    except LimbeckError:
-        raise
     except Exception as error:
-        if not _says_disk_full(error) and shutil.disk_usage(target.parent).free > _NO_ROOM:
+        if isinstance(error, LimbeckError) and not isinstance(error, DiskFull):  # a file of a folder: the folder counts
+            raise
+        if (
+            not isinstance(error, DiskFull)
+            and not _says_disk_full(error)
+            and shutil.disk_usage(target.parent).free > _NO_ROOM
+        ):
             raise
         raise DiskFull(
             f"The disk is full: {target} could not be written, and nothing of it was left behind.",

@@ -27,7 +27,16 @@ class FittedRunner(Runner):
         self.properties = runner.properties
 
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        return dict(self._call(batch))
+        tokens, most = next(iter(batch.values())).shape[1], self._shapes.max_sequence
+        try:
+            return dict(self._call(batch))
+        except InputError as error:
+            if tokens <= most:
+                raise
+            raise InputError(
+                f"The program takes sequences of {self._shapes.min_sequence} to {most} tokens, not of {tokens}.",
+                "Cut the texts, or export it again with a wider --sequence.",
+            ) from error
 
     def prepare(self, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
         rows, tokens = next(iter(batch.values())).shape

@@ -54,6 +54,7 @@ class HfExporterBackend(Backend):
         from ..exporters.inputs import dynamic_shapes, sample_inputs
         from ..exporters.onnx import quiet_exporters
         from ..exporters.program import ExportedProgram
+        from ..exporters.unsupported import failures_named
 
         settings = self._exporter.config_class
         wanted = {"dynamic_shapes": dynamic_shapes(job.checkpoint, job.settings.shapes)}
@@ -61,7 +62,7 @@ class HfExporterBackend(Backend):
         config = settings(**{name: value for name, value in wanted.items() if name in known})
         job.progress("tracing the graph")
         sample = sample_inputs(job.checkpoint, job.settings.shapes)
-        with quiet_exporters():
+        with quiet_exporters(), failures_named(job.checkpoint.module, getattr(config, "opset_version", None)):
             exported = self._exporter().export(job.checkpoint.module, sample, config)
         exported.save_pretrained(folder)
         inputs, outputs = _specs(job, sample)

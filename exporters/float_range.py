@@ -26,6 +26,8 @@ MARGIN = 2.0
 """A tensor may reach 1/2 of the maximum: real traffic holds inputs that no calibration file does."""
 _MOVES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Expand", "Slice", "Split", "Concat"})
 """Operators that only move values, so their outputs' ranges are known from their inputs'."""
+_NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
+"""Operators that square what they are given: in half precision a compiler may well do it in half."""
 _PREFIX = "limbeck_largest_"
 
 
@@ -138,8 +140,15 @@ def _twin_with_ranges(model: onnx_ir.Model) -> tuple[onnx_ir.Model, dict[str, tu
         for value in node.outputs
         if value.dtype in (onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16)
     }
+    half_norms = {str(node.outputs[0].name) for node in model.graph if node.op_type in _NORMS} & set(watched)
     twin = float32_twin(model)
     values = {value.name: value for node in twin.graph for value in node.outputs}
+    for name in half_norms:
+        normalised = values[name].producer().inputs[0]
+        square = onnx_ir.node("Mul", [normalised, normalised])
+        twin.graph.append(square)
+        values[f"{name}_squares"] = square.outputs[0]
+        watched[f"{name}_squares"] = watched[name][0], f"the square inside {watched[name][1]}"
     for name in watched:
         size = onnx_ir.node("Abs", [values[name]])
         largest = onnx_ir.node("ReduceMax", size.outputs, {"keepdims": 0})

@@ -27,6 +27,7 @@ from .options import OnnxOptions
 from .parameter_names import ParameterNames
 from .program import ProgramWeight
 from .settings import WEIGHT_ONLY, ExportSettings, Precision
+from .unsupported import failures_named
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -44,7 +45,16 @@ _BFLOAT16_ROUNDING = 2.0**-8
 def quiet_exporters() -> Iterator[None]:
     """Keep tracing's chatter (version drift, missing torchvision, decomposition ticks) out of the user's terminal;
     errors still come through."""
-    names = ("transformers", "torch.onnx", "torch.export", "onnxscript", "onnx_ir", "nncf", "root")
+    names = (
+        "transformers",
+        "torch.onnx",
+        "torch.export",
+        "torch.fx.experimental.symbolic_shapes",
+        "onnxscript",
+        "onnx_ir",
+        "nncf",
+        "root",
+    )
     loggers = [logging.getLogger(None if name == "root" else name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
@@ -71,7 +81,7 @@ def export_graph(checkpoint: Checkpoint, settings: ExportSettings, options: Onnx
         dynamic_shapes=dynamic_shapes(checkpoint, settings.shapes),
         ort_fusions="cpu" if options.fusions else None,
     )
-    with quiet_exporters():
+    with quiet_exporters(), failures_named(checkpoint.module, options.opset):
         exported = OnnxExporter().export(checkpoint.module, sample_inputs(checkpoint, settings.shapes), config)
     if settings.precision in WEIGHT_ONLY:
         fold_weights(exported.program)  # the head of tied embeddings has a matrix of its own then

@@ -21,6 +21,7 @@ from .onnx import quiet_exporters
 from .parameter_names import TRANSPOSED, ParameterNames, rows_of
 from .program import Floor, ProgramWeight, rounding_of
 from .settings import ExportSettings, Precision, ShapeRange
+from .unsupported import failures_named
 
 if TYPE_CHECKING:
     from transformers.exporters import ExportedModel
@@ -51,7 +52,7 @@ def export_graph(checkpoint: Checkpoint, settings: ExportSettings) -> ExportedMo
     from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 
     config = OpenVINOConfig(dynamic_shapes=dynamic_shapes(checkpoint, settings.shapes), stateful=False)
-    with quiet_exporters():
+    with quiet_exporters(), failures_named(checkpoint.module):
         exported = OpenVINOExporter().export(checkpoint.module, sample_inputs(checkpoint, settings.shapes), config)
     _bound_shapes(exported.program, checkpoint, settings.shapes)
     name_weights(exported.program, checkpoint.module)

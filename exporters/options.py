@@ -11,6 +11,9 @@ from .settings import ShapeRange
 
 Options = TypeVar("Options", bound="BackendOptions")
 
+NEWEST_OPSET = 23
+"""Of ONNX, as far as torch's exporter writes it."""
+
 
 class BackendOptions(BaseModel):
     """Base of every backend's options; one that has none uses it as it is. Each field has a description, which
@@ -22,7 +25,7 @@ class BackendOptions(BaseModel):
 class OnnxOptions(BackendOptions):
     """Options of `--backend onnx`."""
 
-    opset: int = Field(20, ge=18, le=23, description="ONNX opset of the graph.")
+    opset: int = Field(20, ge=18, le=NEWEST_OPSET, description="ONNX opset of the graph.")
     fusions: bool = Field(
         False,
         description="Fuse attention, norms and activations into ONNX Runtime's own operators (no other runtime reads "

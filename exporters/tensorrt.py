@@ -33,6 +33,7 @@ from .inputs import dynamic_shapes, sample_inputs
 from .onnx import OPSET, name_weights, quiet_exporters
 from .precision import HALF_DTYPES, half_precision
 from .settings import CALIBRATED, ExportSettings, Precision
+from .unsupported import failures_named
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -191,7 +192,7 @@ def export_graph(
         dynamic_shapes=dynamic_shapes(checkpoint, settings.shapes),
         quantizer=quantizer_for(settings.precision, calibration) if quantised else None,
     )
-    with quiet_exporters():
+    with quiet_exporters(), failures_named(checkpoint.module, OPSET):
         exported: ExportedModel = TensorRTExporter().export(
             checkpoint.module, sample_inputs(checkpoint, settings.shapes), config
         )

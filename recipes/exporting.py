@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from ..backends.base import ExportJob, Runner
 from ..backends.registry import backend_for, get_backend
-from ..errors import ExportMismatch, UsageError
+from ..errors import ExportMismatch, InputError, UsageError
 from ..exporters.artifact import CheckRecord, Manifest, seal
 from ..exporters.fitting import fitted, padded_to
 from ..exporters.inputs import probe_batch, probe_batches, token_stream
@@ -71,9 +71,11 @@ def export(
             left at `out`.
         UsageError: a precision, sparsity or option that the backend does not have, a floor without `validation`, or an
             `out` that holds something.
+        InputError: a weight that is not a number, or an operator that the backend's compiler does not have.
         BackendUnavailable: a package that the export needs is missing.
     """
     backend_for(settings)
+    _require_numbers(checkpoint)
     settings = fit_to_model(settings, checkpoint)
     check_output_folder(out, overwrite)
     floor = measure_floor(checkpoint, validation, settings, progress)
@@ -115,6 +117,20 @@ def export_checked(
         manifest = manifest.model_copy(update=changes)
         write_model_card(manifest, folder, checkpoint.terms)
         return seal(manifest, folder)
+
+
+def _require_numbers(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that a training gone wrong has left: nothing that is exported of it could be right.
+
+    Raises:
+        InputError: a weight holds NaN.
+    """
+    for name, weight in checkpoint.module.named_parameters():
+        if weight.isnan().any():
+            raise InputError(
+                f"The weight {name} of {checkpoint.source} holds {int(weight.isnan().sum()):,} NaN.",
+                "It was written by a training that diverged: go back to an earlier checkpoint.",
+            )
 
 
 def fit_to_model(settings: ExportSettings, checkpoint: Checkpoint) -> ExportSettings:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from limbeck.cli.main import _run
 
@@ -230,6 +231,52 @@ def test_int8_without_texts_to_calibrate_on(limbeck: Limbeck, model: Path, out: 
     assert "--calibration FILE" in refused.err
 
 
+def test_int8_with_a_calibration_file_of_another_shape(
+    limbeck: Limbeck, model: Path, out: Path, odd_columns: Path
+) -> None:
+    refused = export(limbeck, model, out, "--precision", "int8", "--calibration", odd_columns)
+    assert_refused(refused, 4, "no column for 'text'", "it has words, count", "--column text=COLUMN")
+
+
+def test_weights_that_are_no_numbers(limbeck: Limbeck, copy: Path, out: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    weights["encoder.layer.0.output.dense.weight"][0, 0] = float("nan")
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(export(limbeck, copy, out), 4, "layer.0.output.dense.weight", "1 NaN", "diverged")
+
+
+ODD_MODEL = """
+import torch
+from transformers import BertModel
+
+class Bessel(torch.nn.Module):
+    def forward(self, hidden):
+        return torch.special.bessel_j0(hidden)
+
+class OddModel(BertModel):
+    def __init__(self, config, **options):
+        super().__init__(config, **options)
+        for layer in self.encoder.layer:
+            layer.intermediate.intermediate_act_fn = Bessel()
+"""
+
+
+def test_an_operator_that_the_backend_lacks(limbeck: Limbeck, copy: Path, out: Path) -> None:
+    """In code that comes with the model."""
+    config = json.loads((copy / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "modeling_odd.OddModel"}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "modeling_odd.py").write_text(ODD_MODEL)
+    refused = export(limbeck, copy, out, "--task", "sentence-similarity", "--trust-remote-code")
+    assert_refused(
+        refused,
+        4,
+        "encoder.layer.0.intermediate.intermediate_act_fn uses aten.special_bessel_j0",
+        "ONNX opset 20",
+        "--backend",
+    )
+
+
 # outputs
 
 
@@ -331,6 +378,12 @@ DISTIL = ("distill", "MODEL", "--data", "DATA", "--layers", "1", "--max-steps", 
         (("export", "MODEL", "--backnd", "onnx", "--out", "OUT"), "'--backend'"),
         (("export", "MODEL", "--backend", "onnx", "--batch", "0", "--out", "OUT"), "--batch"),
         (("export", "MODEL", "--backend", "onnx", "--batch", "8:4", "--out", "OUT"), "smallest batch 8 is above"),
+        (("export", "MODEL", "--backend", "onnx", "--precision", "auto", "--out", "OUT"), "--validation FILE"),
+        (("export", "MODEL", "--backend", "onnx", "--floor", "2", "--out", "OUT"), "--floor: input should be less"),
+        (("export", "MODEL", "--backend", "onnx", "--floor", "0.9", "--out", "OUT"), "--validation FILE"),
+        (("export", "MODEL", "--backend", "onnx", "--option", "opset", "--out", "OUT"), "NAME=VALUE, not 'opset'"),
+        (("export", "MODEL", "--backend", "onnx", "--option", "opset=[", "--out", "OUT"), "in YAML"),
+        (("export", "MODEL", "--backend", "onnx", "--calibration-samples", "0", "--out", "OUT"), "or equal to 1"),
         (("export", "MODEL", "--backend", "onnx", "--sequence", "1:2:3:4", "--out", "OUT"), "--sequence"),
         (("export", "MODEL", "--backend", "onnx", "--option", "opsett=21", "--out", "OUT"), "Did you mean 'opset'"),
         (("export", "MODEL", "--backend", "onnx", "--option", "opset=3", "--out", "OUT"), "The option opset"),
