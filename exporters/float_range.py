@@ -144,7 +144,9 @@ def _twin_with_ranges(model: onnx_ir.Model) -> tuple[onnx_ir.Model, dict[str, tu
     twin = float32_twin(model)
     values = {value.name: value for node in twin.graph for value in node.outputs}
     for name in half_norms:
-        normalised = values[name].producer().inputs[0]
+        norm = values[name].producer()
+        assert norm is not None  # it is a node's output
+        normalised = norm.inputs[0]
         square = onnx_ir.node("Mul", [normalised, normalised])
         twin.graph.append(square)
         values[f"{name}_squares"] = square.outputs[0]

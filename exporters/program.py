@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 
 from ..models.batching import Run
-from .artifact import SparseLayer, TensorSpec
+from ..models.checkpoint import Checkpoint
+from .artifact import Manifest, SparseLayer, TensorSpec
 from .parameter_names import TRANSPOSED, rows_of
+from .settings import ExportSettings
+
+_NOT_AUDITED = "its weights were not compared with the checkpoint's, for the backend cannot read them back"
 
 
 @dataclass(frozen=True)
@@ -75,3 +79,24 @@ class ExportedProgram:
     """What runs in the program's place where it was made, for checks of accuracy; such a program is not timed."""
     biases_corrected: bool = False
     """Quantising changed vectors (biases, norms) on purpose, so they are not audited."""
+
+    def manifest(self, checkpoint: Checkpoint, settings: ExportSettings) -> Manifest:
+        """What is known of the program before its checks; not sealed, so without files and id."""
+        return Manifest(
+            format=self.format,
+            task=checkpoint.task.name,
+            settings=settings,
+            parent_hash=checkpoint.hash,
+            parent=checkpoint.source,
+            parameters=checkpoint.parameters,
+            inputs=self.inputs,
+            outputs=self.outputs,
+            max_length=min(checkpoint.max_length, settings.shapes.max_sequence),
+            compile_properties=dict(self.compile_properties),
+            sparse_layers=self.sparse_layers,
+            evidence=dict(self.evidence),
+            unverified=self.unverified or (_NOT_AUDITED if self.weights is None else None),
+            is_kit=self.is_kit,
+            stand_in=self.stand_in,
+            lineage=checkpoint.lineage,
+        )

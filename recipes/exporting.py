@@ -28,7 +28,6 @@ from ..validate.speed import medians_in_turn
 from ..validate.weight_audit import audit_weights
 from .progress import SILENT, Progress
 
-_NOT_AUDITED = "its weights were not compared with the checkpoint's, for the backend cannot read them back"
 _SLOWER = 1.02
 """Times as long as float32: what is said to be slower is so by more than a clock's noise."""
 
@@ -104,7 +103,7 @@ def export_checked(
         # transformers' exporters write the configuration too; it goes with the model, not with the program.
         program_files = [path.as_posix() for path in files_below(folder) if path.as_posix() != "config.json"]
         _write_companions(checkpoint, folder)
-        manifest = _manifest(checkpoint, settings, program)
+        manifest = program.manifest(checkpoint, settings)
         with closing(backend.load(folder, manifest)) as runner:
             checks = _check(checkpoint, settings, program, runner, batches, progress)
             checks += [_held(floor, runner, progress)] if floor is not None else []
@@ -178,27 +177,6 @@ def _write_companions(checkpoint: Checkpoint, folder: Path) -> None:
         write_json(folder / TRAINING_ROWS_FILE, dict(checkpoint.training_rows))
 
 
-def _manifest(checkpoint: Checkpoint, settings: ExportSettings, program: ExportedProgram) -> Manifest:
-    return Manifest(
-        format=program.format,
-        task=checkpoint.task.name,
-        settings=settings,
-        parent_hash=checkpoint.hash,
-        parent=checkpoint.source,
-        parameters=checkpoint.parameters,
-        inputs=program.inputs,
-        outputs=program.outputs,
-        max_length=min(checkpoint.max_length, settings.shapes.max_sequence),
-        compile_properties=dict(program.compile_properties),
-        sparse_layers=program.sparse_layers,
-        evidence=dict(program.evidence),
-        unverified=program.unverified or (_NOT_AUDITED if program.weights is None else None),
-        is_kit=program.is_kit,
-        stand_in=program.stand_in,
-        lineage=checkpoint.lineage,
-    )
-
-
 def _check(
     checkpoint: Checkpoint,
     settings: ExportSettings,
@@ -255,7 +233,7 @@ def _slower_than_float(
     with TemporaryDirectory(prefix="limbeck-") as folder:
         program = backend.export(ExportJob(checkpoint, twin_settings), Path(folder))
         checkpoint.model.config.save_pretrained(folder)
-        with closing(backend.load(Path(folder), _manifest(checkpoint, twin_settings, program))) as twin:
+        with closing(backend.load(Path(folder), program.manifest(checkpoint, twin_settings))) as twin:
             ours, theirs = medians_in_turn([runner.prepare(batch), twin.prepare(batch)])
     if ours <= _SLOWER * theirs:
         return []

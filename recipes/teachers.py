@@ -17,7 +17,6 @@ from ..backends.base import ExportJob, Runner
 from ..backends.registry import backend_for, get_backend
 from ..distill.teacher import TeacherCall, eager_teacher
 from ..errors import BackendUnavailable, ExportMismatch, UsageError, did_you_mean, first_line
-from ..exporters.artifact import Manifest
 from ..exporters.inputs import probe_batches
 from ..exporters.settings import ExportSettings, Precision, ShapeRange
 from ..models.batching import Batch, Run
@@ -87,20 +86,9 @@ def _exported(teacher: Checkpoint, runtime: str) -> Iterator[TeacherCall]:
 def _loaded(teacher: Checkpoint, settings: ExportSettings, runtime: str, folder: Path) -> Runner:
     backend = get_backend(runtime)
     program = backend.export(ExportJob(teacher, settings), folder)
-    manifest = Manifest(
-        format=program.format,
-        task=teacher.task.name,
-        settings=settings,
-        parent_hash=teacher.hash,
-        parent=teacher.source,
-        parameters=teacher.parameters,
-        inputs=program.inputs,
-        outputs=program.outputs,
-        max_length=teacher.max_length,
-        compile_properties={**program.compile_properties, **_PROPERTIES.get(runtime, {})},
-        lineage=teacher.lineage,
-    )
-    return backend.load(folder, manifest)
+    manifest = program.manifest(teacher, settings)
+    properties = {**manifest.compile_properties, **_PROPERTIES.get(runtime, {})}
+    return backend.load(folder, manifest.model_copy(update={"compile_properties": properties}))
 
 
 @contextmanager

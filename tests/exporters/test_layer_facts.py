@@ -60,19 +60,7 @@ def export(
     settings = ExportSettings.model_validate({"backend": backend, "shapes": shapes, **given})
     calibration = [probe_batch(checkpoint, 1, length) for length in (1, 2, 3, 5, 7, 9, 14, 24, 40)]
     program = get_backend(backend).export(ExportJob(checkpoint, settings, calibration), folder)
-    return Manifest(
-        format=program.format,
-        task=checkpoint.task.name,
-        settings=settings,
-        parent_hash=checkpoint.hash,
-        parent=checkpoint.source,
-        parameters=checkpoint.parameters,
-        inputs=program.inputs,
-        outputs=program.outputs,
-        max_length=checkpoint.max_length,
-        compile_properties=dict(program.compile_properties),
-        lineage=checkpoint.lineage,
-    )
+    return program.manifest(checkpoint, settings)
 
 
 Exported = Callable[[str, str], tuple[Path, Manifest]]
