@@ -121,7 +121,7 @@ def test_one_backend_in_detail(name: str, limbeck: Limbeck) -> None:
     fields = backend.options().model_fields
     assert [option["name"] for option in details["options"]] == list(fields)
     for option in details["options"]:
-        assert option["default"] == fields[option["name"]].default
+        assert option["default"] == json.loads(json.dumps(fields[option["name"]].default))
         assert option["description"] == fields[option["name"]].description
     shown = " ".join(limbeck("backends", name).out.split())
     assert all(word in shown for word in (*fields, *backend.precisions, *backend.formats))

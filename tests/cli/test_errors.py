@@ -212,7 +212,7 @@ def test_backends_lists_the_one_that_is_not_installed(limbeck_child: Limbeck) ->
 
 
 def test_a_precision_that_the_backend_does_not_have(limbeck: Limbeck, model: Path, out: Path) -> None:
-    assert_refused(export(limbeck, model, out, "--precision", "bf16"), 2, "no precision bf16", "fp32, fp16, int8")
+    assert_refused(export(limbeck, model, out, "--precision", "fp8"), 2, "no precision fp8", "fp32, fp16, bf16, int8")
     assert_refused(export(limbeck, model, out, "--precision", "fp12"), 2, "--precision", "'fp12'", "'fp16'")
 
 
@@ -436,5 +436,5 @@ def test_gates_that_are_no_gates(limbeck: Limbeck, tmp_path: Path) -> None:
 def test_an_error_is_quick(limbeck: Limbeck, model: Path, out: Path) -> None:
     """What can be seen without a model is said before one is loaded."""
     started = time.monotonic()
-    assert export(limbeck, model, out, "--precision", "bf16").code == 2
+    assert export(limbeck, model, out, "--precision", "fp8").code == 2
     assert time.monotonic() - started < 1

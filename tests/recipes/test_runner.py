@@ -214,7 +214,7 @@ def test_an_impossible_constraint_is_refused_before_training(
     ("values", "said"),
     [
         ({"backend": "openvno"}, "no backend 'openvno'.*Did you mean 'openvino'"),
-        ({"precision": "bf16"}, "onnx has no precision bf16"),
+        ({"precision": "fp8"}, "onnx has no precision fp8"),
         ({"sparsity": "2:4"}, "onnx makes no use of 2:4"),
     ],
 )
