@@ -140,14 +140,11 @@ def _twin_with_ranges(model: onnx_ir.Model) -> tuple[onnx_ir.Model, dict[str, tu
         for value in node.outputs
         if value.dtype in (onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16)
     }
-    half_norms = {str(node.outputs[0].name) for node in model.graph if node.op_type in _NORMS} & set(watched)
     twin = float32_twin(model)
     values = {value.name: value for node in twin.graph for value in node.outputs}
-    for name in half_norms:
-        norm = values[name].producer()
-        assert norm is not None  # it is a node's output
-        normalised = norm.inputs[0]
-        square = onnx_ir.node("Mul", [normalised, normalised])
+    for norm in [node for node in twin.graph if node.op_type in _NORMS and node.outputs[0].name in watched]:
+        name = str(norm.outputs[0].name)
+        square = onnx_ir.node("Mul", [norm.inputs[0], norm.inputs[0]])
         twin.graph.append(square)
         values[f"{name}_squares"] = square.outputs[0]
         watched[f"{name}_squares"] = watched[name][0], f"the square inside {watched[name][1]}"

@@ -134,7 +134,9 @@ def quantize_int8(exported: ExportedModel, calibration: Sequence[Mapping[str, to
     """Static int8 by ONNX Runtime's quantiser (Q/DQ nodes), calibrated on real batches: unsigned activations and
     signed weights per channel, the pair that VNNI instructions multiply."""
     from onnxruntime.quantization import QuantType
-    from transformers.exporters import OnnxRuntimeQuantizer, OnnxRuntimeStaticConfig
+    from transformers.exporters import OnnxRuntimeStaticConfig
+
+    from .static_quantization import WeightQuantizer
 
     config = OnnxRuntimeStaticConfig(
         op_types_to_quantize=["MatMul", "Gemm"],
@@ -144,7 +146,7 @@ def quantize_int8(exported: ExportedModel, calibration: Sequence[Mapping[str, to
         # Without VNNI the int16 sums of u8 x s8 products saturate at full range.
         reduce_range=not any("vnni" in flag for flag in cpu_facts()["instruction_sets"]),
     )
-    quantizer = OnnxRuntimeQuantizer(config, calibration_dataset=[dict(batch) for batch in calibration])
+    quantizer = WeightQuantizer(config, calibration_dataset=[dict(batch) for batch in calibration])
     component = exported.components["model"]
     with quiet_exporters():
         component.program = quantizer.quantize(component.program, dict(calibration[0]), "onnx")

@@ -13,14 +13,13 @@ Users of plain transformers get the exporter by one import:
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from onnxruntime.quantization import QuantType
-from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeQuantizer, OnnxRuntimeStaticConfig
+from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeStaticConfig
 from transformers.exporters.auto import EXPORT_BACKENDS, register_backend
 from transformers.exporters.configs import ExportFormat
 
@@ -33,6 +32,7 @@ from .inputs import dynamic_shapes, sample_inputs
 from .onnx import OPSET, name_weights, quiet_exporters
 from .precision import HALF_DTYPES, half_precision
 from .settings import CALIBRATED, ExportSettings, Precision
+from .static_quantization import WeightQuantizer
 from .unsupported import failures_named
 
 if TYPE_CHECKING:
@@ -104,26 +104,6 @@ class TensorRTExporter(OnnxExporter):
 if FORMAT not in EXPORT_BACKENDS:
     # Without a runner: transformers would open a saved kit at once on load, and a kit must load without a GPU.
     register_backend(TensorRTExporter)
-
-
-class WeightQuantizer(OnnxRuntimeQuantizer):
-    """ONNX Runtime's static quantiser, kept to products with a stored weight: attention's own two products stay float,
-    since their ranges move with the text and nothing of them is stored."""
-
-    def quantize(
-        self, model: onnx_ir.Model, sample_inputs: dict[str, Any], export_format: ExportFormat
-    ) -> onnx_ir.Model:
-        """See `OnnxRuntimeQuantizer.quantize`."""
-        chosen = copy.copy(self)
-        names = [
-            str(node.name)
-            for node in model.graph
-            if node.op_type in ("MatMul", "Gemm")
-            and any(value is not None and value.const_value is not None for value in node.inputs[:2])
-        ]
-        chosen.config = dataclasses.replace(self.config, nodes_to_quantize=names)
-        quantised: onnx_ir.Model = super(WeightQuantizer, chosen).quantize(model, sample_inputs, export_format)
-        return quantised
 
 
 class Float8Quantizer(WeightQuantizer):

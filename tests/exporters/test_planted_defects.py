@@ -25,11 +25,6 @@ SMALL = ShapeRange(max_batch=8, opt_batch=2, max_sequence=48, opt_sequence=16)
 
 
 @contextmanager
-def as_it_is(module: Any, config: Any) -> Iterator[None]:
-    yield
-
-
-@contextmanager
 def fixed(axis: int, config: Any) -> Iterator[None]:
     config.dynamic_shapes = {
         name: {position: size for position, size in axes.items() if position != axis}
