@@ -15,7 +15,7 @@ from ..exporters.fitting import fitted, padded_to
 from ..exporters.inputs import probe_batch, probe_batches, token_stream
 from ..exporters.model_card import write_model_card
 from ..exporters.program import ExportedProgram, Floor
-from ..exporters.settings import QUANTISED, ExportSettings
+from ..exporters.settings import CALIBRATED, QUANTISED, ExportSettings
 from ..files import check_output_folder, files_below, staged_folder, write_json
 from ..models.batching import Batch, Examples, Run, pad
 from ..models.checkpoint import Checkpoint
@@ -28,6 +28,7 @@ from ..validate.speed import medians_in_turn
 from ..validate.weight_audit import audit_weights
 from .progress import SILENT, Progress
 
+_FEW_ROWS = 16
 _SLOWER = 1.02
 """Times as long as float32: what is said to be slower is so by more than a clock's noise."""
 
@@ -109,9 +110,9 @@ def export_checked(
             checks += [_held(floor, runner, progress)] if floor is not None else []
             _refuse_failed(checks, settings)
             timed = beside_float and settings.precision in QUANTISED and "fp32" in backend.precisions
-            caveats = (
-                _slower_than_float(checkpoint, settings, runner, progress) if timed and not manifest.stand_in else []
-            )
+            caveats = _few_rows(settings, len(batches))
+            if timed and not manifest.is_kit and not manifest.stand_in:
+                caveats += _slower_than_float(checkpoint, settings, runner, progress)
         changes = {"checks": checks, "program_files": program_files, "caveats": caveats}
         manifest = manifest.model_copy(update=changes)
         write_model_card(manifest, folder, checkpoint.terms)
@@ -219,6 +220,13 @@ def _refuse_failed(checks: Sequence[CheckRecord], settings: ExportSettings) -> N
             f"{check.name}: {check.detail}.",
             "Nothing was written. Try another --precision; if float32 fails too, please report it.",
         )
+
+
+def _few_rows(settings: ExportSettings, rows: int) -> list[str]:
+    """What to say of ranges that were measured on next to nothing."""
+    if settings.precision not in CALIBRATED or rows >= _FEW_ROWS:
+        return []
+    return [f"{settings.precision} was calibrated on {rows} rows; a few hundred are usual"]
 
 
 def _slower_than_float(

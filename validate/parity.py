@@ -27,9 +27,9 @@ TOLERANCES: dict[Precision, float] = {
     "native": 8e-2,
 }
 """Largest difference that a precision explains, as a share of the output's largest magnitude over all probes. fp32
-differs by the order of summation alone (1e-6 is usual), tf32, float16 and bfloat16 by 11, 11 and 8 bits of every product; int8 and fp8
-by a rounding of every activation and int4 by a coarse one of every weight, so their parity only rules out a broken
-program: what it costs in quality is for validation to say."""
+differs by the order of summation alone (1e-6 is usual), tf32, float16 and bfloat16 by 11, 11 and 8 bits of every
+product; int8 and fp8 by a rounding of every activation and int4 by a coarse one of every weight, so their parity only
+rules out a broken program: what it costs in quality is for validation to say."""
 
 
 @dataclass(frozen=True)

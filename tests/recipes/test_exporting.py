@@ -117,6 +117,14 @@ def test_a_quantised_program_that_is_slower_than_float_says_so(
     assert export(checkpoint, settings_for("onnx", "int8-weight-only"), tmp_path / "quick").caveats == []
 
 
+def test_an_int8_that_was_calibrated_on_next_to_nothing_says_so(
+    checkpoint: Checkpoint, rows: Data, tmp_path: Path
+) -> None:
+    few = settings_for("onnx", "int8", calibration_samples=3)
+    manifest = export(checkpoint, few, tmp_path / "out", calibration=rows, beside_float=False)
+    assert manifest.caveats == ["int8 was calibrated on 3 rows; a few hundred are usual"]
+
+
 def test_what_takes_longer_has_the_larger_median() -> None:
     def work(turns: int) -> Callable[[], object]:
         return lambda: sum(range(turns))
