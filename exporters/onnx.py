@@ -91,7 +91,7 @@ def export_graph(checkpoint: Checkpoint, settings: ExportSettings, options: Onnx
 
 def name_weights(graph_model: onnx_ir.Model, module: nn.Module) -> None:
     """Give every weight of the graph its parameter's name; a constant that holds the transpose, as the second operand
-    of a MatMul does, gets the suffix `.T`."""
+    of a MatMul does, gets the suffix `.T`, and one that holds several side by side has all their names."""
     names = ParameterNames(module)
     graph = graph_model.graph
     taken = set(graph.initializers)
@@ -169,17 +169,17 @@ def _weight_of(name: str, value: Any, graph: Any) -> Iterator[ProgramWeight]:
     if name.endswith("_quantized"):
         dequantize = next((use.node for use in value.uses() if use.node.op_type == "DequantizeLinear"), None)
         if dequantize is not None:
-            yield _dequantized(name.removesuffix("_quantized"), tensor.numpy(), dequantize)
+            yield from _dequantized(name.removesuffix("_quantized"), tensor.numpy(), dequantize)
         else:
             yield from weights_of_embeddings(value, graph)
     elif tensor.dtype.is_floating_point() and not name.endswith(("_scale", "_scales", "_zero_point")):
         values = np.asarray(tensor.numpy(), dtype=np.float32)
         rounding = {"FLOAT16": _HALF_ROUNDING, "BFLOAT16": _BFLOAT16_ROUNDING}.get(tensor.dtype.name)
         step: np.ndarray | float = 0.0 if rounding is None else np.abs(values) * rounding + 2.0**-24
-        yield ProgramWeight.of_constant(name, values, step)
+        yield from ProgramWeight.of_constant(name, values, step)
 
 
-def _dequantized(name: str, values: np.ndarray, node: Any) -> ProgramWeight:
+def _dequantized(name: str, values: np.ndarray, node: Any) -> Iterator[ProgramWeight]:
     scale = node.inputs[1].const_value.numpy().astype(np.float32)
     zero_point = node.inputs[2].const_value.numpy().astype(np.float32) if len(node.inputs) > 2 else np.float32(0)
     axis = node.attributes["axis"].value if "axis" in node.attributes else 1

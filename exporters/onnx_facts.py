@@ -13,10 +13,20 @@ from .sparsity import table_uses, weight_uses
 if TYPE_CHECKING:
     import onnx
 
+_RUNTIME = "com.microsoft"
 _COUNTED = 2
 """The inference of shapes cannot tell an axis of 1 from one that is stretched, so none is 1 when products are counted.
 FLOPs grow in proportion to the batch: they are those of a batch of 2, halved. In the sequence they are a polynomial of
 the second degree (attention is its square): one token's follow from those of 2, 3 and 4."""
+
+_KEEP_SHAPE = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization",
+               "BiasGelu", "Gelu", "FastGelu", "QuickGelu", "RotaryEmbedding")  # fmt: skip
+"""ONNX Runtime's own operators without a matrix product, whose outputs have the shape of the first input."""
+_SUM = 3
+"""Which output of a skip norm is the sum that it normalised; those between are statistics."""
+_NOT_COUNTED = ("MatMulInteger", "QLinearMatMul", "Einsum", "Conv", "ConvInteger", "QLinearConv", "ConvTranspose",
+                "DeformConv", "LSTM", "GRU", "RNN")  # fmt: skip
+"""ONNX's other operators that multiply; those of any other domain may."""
 
 
 def onnx_facts(graph: Path, batch: int, sequence: int, no_kernels: str = "") -> ProgramFacts:
@@ -44,10 +54,13 @@ def onnx_facts(graph: Path, batch: int, sequence: int, no_kernels: str = "") -> 
 
 def count_flops(graph: Path, batch: int, sequence: int) -> int | None:
     """FLOPs of one call on [batch, sequence] tokens, as torch counts them: two for each multiplication in a matrix
-    product. `None` where a product's sizes cannot be told."""
+    product. `None` where a product's sizes cannot be told, or the graph has operators that are not known here."""
     import onnx
 
     model = onnx.load(str(graph), load_external_data=False)
+    _write_as_onnx(model.graph)
+    if any(_is_unknown(node) for node in model.graph.node):
+        return None
     static_batch, static_sequence = _static_sizes(model)
     counted = static_batch or _COUNTED
     if sequence > 1 or static_sequence:
@@ -57,6 +70,36 @@ def count_flops(graph: Path, batch: int, sequence: int) -> int | None:
         two, three, four = (total or 0 for total in totals)
         total = None if None in totals else 3 * two - 3 * three + four
     return None if total is None else total * batch // counted
+
+
+def _write_as_onnx(graph: onnx.GraphProto) -> None:
+    """Put ONNX's operators, with the same sizes and products, in the place of ONNX Runtime's own, which the inference
+    of shapes does not know. The graph is for counting only: what it computes is another thing."""
+    from onnx import TensorProto, helper
+
+    nodes = []
+    for node in graph.node:
+        if node.domain in ("", _RUNTIME) and node.op_type in _KEEP_SHAPE:
+            outputs = [name for index, name in enumerate(node.output) if name and index in (0, _SUM)]
+            nodes += [helper.make_node("Identity", node.input[:1], [name]) for name in outputs]
+        elif node.domain == _RUNTIME and node.op_type == "MatMulNBits":
+            sizes = {attribute.name: attribute.i for attribute in node.attribute}
+            weight = TensorProto(name=f"{node.output[0]}_weight", dims=[sizes["K"], sizes["N"]])
+            weight.data_type = TensorProto.FLOAT
+            graph.initializer.append(weight)
+            nodes.append(helper.make_node("MatMul", [node.input[0], weight.name], node.output))
+        else:
+            nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _is_unknown(node: onnx.NodeProto) -> bool:
+    """Whether products may hide in the node, which are not counted: in its operator, or in graphs of its own."""
+    inside = [inner for attribute in node.attribute for inner in attribute.g.node]
+    if node.domain not in ("", "ai.onnx") or node.op_type in _NOT_COUNTED:
+        return True
+    return any(inner.op_type in ("MatMul", "Gemm", "Attention") or _is_unknown(inner) for inner in inside)
 
 
 def _static_sizes(model: onnx.ModelProto) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,31 +136,65 @@ def _stored(model: onnx_ir.Model, name: str, array: np.ndarray) -> Any:
 
 def weights_of_embeddings(value: Any, graph: Any) -> Iterator[ProgramWeight]:
     """The table that an initializer `..._quantized` holds with its scales, if it is one of ours."""
-    scales = graph.initializers.get(value.name.removesuffix(_QUANTISED) + _SCALE)
+    scales = scales_of_table(value.name, graph)
     if scales is not None:
         scale = scales.const_value.numpy()
         real = value.const_value.numpy().astype(np.float32) * scale
         yield ProgramWeight(value.name.removesuffix(_QUANTISED), real, np.broadcast_to(scale / 2, real.shape))
 
 
+def scales_of_table(name: str, graph: Any) -> Any | None:
+    """The initializer with the scales of the table that is stored in integers under this name, if it is one of ours."""
+    return graph.initializers.get(name.removesuffix(_QUANTISED) + _SCALE) if name.endswith(_QUANTISED) else None
+
+
 def weights_of_matrices(graph: Any) -> Iterator[ProgramWeight]:
     """Every matrix of a `MatMulNBits`, dequantised."""
     for node in graph:
-        if node.op_type == "MatMulNBits" and node.domain == _DOMAIN:
-            yield _unpacked(node)
+        packed = PackedMatrix.of_node(node)
+        if packed is not None:
+            yield from _dequantised(packed, *(value.const_value.numpy() for value in node.inputs[1:3]))
 
 
-def _unpacked(node: Any) -> ProgramWeight:
-    """Operator documentation: B is [outputs, groups, bytes of a group], the lower half of a byte first; without a zero
-    point the integers are unsigned around the middle of their range."""
-    columns, outputs = node.attributes["K"].value, node.attributes["N"].value
-    bits = node.attributes["bits"].value if "bits" in node.attributes else 4
-    packed, scales = (node.inputs[position].const_value.numpy() for position in (1, 2))
-    integers = packed.reshape(outputs, -1)
-    if bits == 4:
-        integers = np.stack([integers & 0xF, integers >> 4], axis=-1).reshape(outputs, -1)
-    scale = np.repeat(scales.reshape(outputs, -1), node.attributes["block_size"].value, axis=1)
-    real = (integers.astype(np.float32) - 2 ** (bits - 1)) * scale
-    step = rounding_of(integers, 2**bits - 1) * np.abs(scale)
-    name = str(node.inputs[1].name).removesuffix(f"_Q{bits}")
-    return ProgramWeight.of_constant(name, real[:, :columns].T, step[:, :columns].T)
+def _dequantised(matrix: PackedMatrix, packed: np.ndarray, scales: np.ndarray) -> Iterator[ProgramWeight]:
+    integers = matrix.unpack(packed)
+    scale = np.repeat(scales.reshape(matrix.outputs, -1), matrix.group_size, axis=1)[:, : matrix.columns]
+    top = 2 ** (matrix.bits - 1) - 1
+    step = rounding_of(integers, top) * np.abs(scale)
+    yield from ProgramWeight.of_constant(matrix.name, (integers.astype(np.float32) * scale).T, step.T)
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """How a `MatMulNBits` stores its matrix."""
+
+    name: str
+    """Of the constant that was quantised."""
+    columns: int
+    """The summed axis."""
+    outputs: int
+    bits: int
+    group_size: int
+
+    @classmethod
+    def of_node(cls, node: Any) -> PackedMatrix | None:
+        """What the node multiplies with; `None` for any other operator, and for a matrix with zero points of its own,
+        which no graph of ours has."""
+        packed = node.inputs[1] if node.op_type == "MatMulNBits" and node.domain == _DOMAIN else None
+        if packed is None or packed.const_value is None or (len(node.inputs) > 3 and node.inputs[3] is not None):
+            return None
+        columns, outputs, group_size = (node.attributes[name].value for name in ("K", "N", "block_size"))
+        bits = node.attributes.get_int("bits", 4)
+        return cls(str(packed.name).removesuffix(f"_Q{bits}"), columns, outputs, bits, group_size)
+
+    def unpack(self, packed: np.ndarray) -> np.ndarray:
+        """The integers [outputs, columns] as int16, zero being 0.
+
+        Operator documentation: they lie as [outputs, groups, bytes of a group], the lower half of a byte first; without
+        a zero point they are unsigned around the middle of their range.
+        """
+        integers = packed.reshape(self.outputs, -1)
+        if self.bits == 4:
+            integers = np.stack([integers & 0xF, integers >> 4], axis=-1).reshape(self.outputs, -1)
+        moved: np.ndarray = integers[:, : self.columns].astype(np.int16) - 2 ** (self.bits - 1)
+        return moved

@@ -253,7 +253,7 @@ def read_weights(path: Path, module: nn.Module) -> Iterator[ProgramWeight]:
         if kind in ("Constant", "Convert") and rows_of(name.removesuffix(TRANSPOSED))[0] in parameters:
             if kind == "Convert" or operation.get_element_type().is_real():
                 values, step = _evaluate(operation)
-                yield ProgramWeight.of_constant(name, values, step)
+                yield from ProgramWeight.of_constant(name, values, step)
         elif kind in ("MatMul", "Gather") and name in owners:
             weight = operation.input_value(1 if kind == "MatMul" else 0).get_node()
             if _is_dequantised(weight):

@@ -13,6 +13,7 @@ from torch import nn
 
 TRANSPOSED = ".T"
 """Suffix of a constant that holds a parameter's transpose."""
+_PART = re.compile(r"(?P<name>[^+{}]+)\{(?P<width>\d{1,9})\}")
 _ROWS = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
 
 
@@ -20,6 +21,20 @@ def rows_of(constant: str) -> tuple[str, slice | None]:
     """The parameter that a constant's name stands for, and which rows of it where it holds only some (`name[0:24]`)."""
     match = _ROWS.fullmatch(constant)
     return (match["name"], slice(int(match["start"]), int(match["stop"]))) if match else (constant, None)
+
+
+def parts_of(constant: str, columns: int) -> list[tuple[str, slice]]:
+    """The names of the constants that one holds side by side, and the columns of each: `a{24}+b{8}` holds `a` in
+    columns 0 to 23 and `b` in the rest. A name of any other form, or for other than `columns`, is one of its own."""
+    matches = [_PART.fullmatch(part) for part in constant.split("+")]
+    parts, start = [], 0
+    for match in matches:
+        if match is None:
+            return [(constant, slice(0, columns))]
+        stop = start + int(match["width"])
+        parts.append((match["name"], slice(start, stop)))
+        start = stop
+    return parts if start == columns else [(constant, slice(0, columns))]
 
 
 class ParameterNames:
@@ -33,6 +48,8 @@ class ParameterNames:
         self._by_content: dict[tuple[int, bytes], list[str]] = defaultdict(list)
         self._given: set[str] = set()
         self._tables: dict[str, np.ndarray] = {}
+        self._widths: dict[int, set[int]] = defaultdict(set)
+        """Of the matrices with so many rows, as stored or turned."""
         tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
         for name, parameter in module.named_parameters(remove_duplicate=False):
             if not parameter.is_floating_point():
@@ -43,10 +60,13 @@ class ParameterNames:
             self._by_content[_key(values)].append(name)
             if values.ndim == 2 and min(values.shape) > 1:
                 self._by_content[_key(values.T)].append(name + TRANSPOSED)
+                for rows, width in (values.shape, values.T.shape):
+                    self._widths[rows].add(width)
 
     def find(self, values: np.ndarray, scopes: Sequence[str] = ()) -> str | None:
         """The parameter's name (with `TRANSPOSED` where the constant holds its transpose, with `[start:stop]` where it
-        holds rows of a table of embeddings, as the positions of a static length do), or `None`.
+        holds rows of a table of embeddings, as the positions of a static length do; of several matrices side by side,
+        as fusions pack them, all their names: see `parts_of`), or `None`.
 
         Args:
             values: the constant; axes of size one do not count.
@@ -54,7 +74,7 @@ class ParameterNames:
         """
         candidates = self._by_content.get(_key(values), [])
         if not candidates:
-            return self._find_rows(np.squeeze(values))
+            return self._find_rows(np.squeeze(values)) or self._find_parts(values)
         in_scope = [name for name in candidates if any(_owner(name) == scope for scope in scopes)]
         fresh = [name for name in (*in_scope, *candidates) if name not in self._given]
         name = fresh[0] if fresh else (in_scope or candidates)[0]
@@ -72,6 +92,20 @@ class ParameterNames:
                 if np.array_equal(table[start:stop], values):
                     return f"{name}[{start}:{stop}]"
         return None
+
+    def _find_parts(self, values: np.ndarray) -> str | None:
+        if values.ndim != 2:
+            return None
+        (rows, columns), start, parts = values.shape, 0, []
+        widths = sorted(width for width in self._widths[rows] if width < columns)
+        while start < columns:
+            fitting = [width for width in widths if _key(values[:, start : start + width]) in self._by_content]
+            fitting = [width for width in fitting if start + width <= columns]
+            if not fitting:
+                return None
+            parts.append(f"{self.find(values[:, start : start + fitting[0]])}{{{fitting[0]}}}")
+            start += fitting[0]
+        return "+".join(parts)
 
 
 def _owner(name: str) -> str:

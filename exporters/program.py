@@ -11,7 +11,7 @@ import numpy as np
 from ..models.batching import Run
 from ..models.checkpoint import Checkpoint
 from .artifact import Manifest, SparseLayer, TensorSpec
-from .parameter_names import TRANSPOSED, rows_of
+from .parameter_names import TRANSPOSED, parts_of, rows_of
 from .settings import ExportSettings
 
 _NOT_AUDITED = "its weights were not compared with the checkpoint's, for the backend cannot read them back"
@@ -35,8 +35,16 @@ class ProgramWeight:
     rows: slice | None = None
 
     @classmethod
-    def of_constant(cls, name: str, values: np.ndarray, step: np.ndarray | float) -> ProgramWeight:
-        """The weight that a constant of this name holds, turned back where it holds the transpose."""
+    def of_constant(cls, name: str, values: np.ndarray, step: np.ndarray | float) -> Iterator[ProgramWeight]:
+        """The weights that a constant of this name holds: one, unless several were packed side by side."""
+        for part, columns in parts_of(name, values.shape[-1]) if values.ndim == 2 else ():
+            yield cls._of_part(part, values[:, columns], step[:, columns] if isinstance(step, np.ndarray) else step)
+        if values.ndim != 2:
+            yield cls._of_part(name, values, step)
+
+    @classmethod
+    def _of_part(cls, name: str, values: np.ndarray, step: np.ndarray | float) -> ProgramWeight:
+        """Turned back where the constant holds the transpose."""
         if not name.endswith(TRANSPOSED):
             name, rows = rows_of(name)
             return cls(name, values, step, rows)

@@ -7,7 +7,7 @@ weights, and a weight behind a Transpose, Cast or Reshape is not seen, so what w
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,15 @@ from ..files import path_inside
 from ..models.sparsity import first_break, is_semi_structured, why_not_sparse, zero_share
 from .artifact import SparseLayer
 from .node_scopes import module_of
-from .parameter_names import TRANSPOSED
+from .onnx_weight_only import PackedMatrix, scales_of_table
+from .parameter_names import TRANSPOSED, parts_of, rows_of
 
 if TYPE_CHECKING:
     import onnx_ir
 
 _LISTED = 5
 _PASSED = ("Transpose", "Cast", "Reshape", "Identity", "DequantizeLinear", "QuantizeLinear")
+_PRODUCTS = {"": ("MatMul", "Gemm"), "ai.onnx": ("MatMul", "Gemm"), "com.microsoft": ("FusedMatMul",)}
 _OUTSIDE = "it is outside the layers: embeddings, poolers and heads stay dense"
 
 
@@ -102,21 +104,25 @@ def _where_it_breaks(use: WeightUse) -> str:
 
 
 def weight_uses(model: onnx_ir.Model) -> Iterator[WeightUse]:
-    """Every MatMul and Gemm of a graph that multiplies with a constant matrix; integer constants behind their
-    DequantizeLinear count as constants, since that is how quantised weights are written.
+    """Every product of a graph with a constant matrix, of ONNX or of ONNX Runtime; integer constants behind their
+    DequantizeLinear count as constants, since that is how quantised weights are written. A constant in which several
+    weights lie side by side is as many.
 
     Raises:
         InputError: a weight that the graph keeps outside its folder.
     """
     for node in model.graph.all_nodes():
-        if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx"):
+        packed = PackedMatrix.of_node(node)
+        if packed is not None:
+            yield from _parts(node, packed.name, _use_of_packed(node, packed))
+        if node.op_type not in _PRODUCTS.get(node.domain, ()):
             continue
         for position in (1, 0):
             source = _source_of(node.inputs[position])
             if source is None or len(source.value.const_value.shape) != 2:
                 continue
-            yield WeightUse(
-                layer=_layer_of(node, source.value.name),
+            use = WeightUse(
+                layer="",
                 weight=_real_zeros(source),
                 axis=_axis(node, position, source.transposed),
                 behind=source.behind,
@@ -124,17 +130,44 @@ def weight_uses(model: onnx_ir.Model) -> Iterator[WeightUse]:
                 computed=_computed_in(node, node.inputs[1 - position]),
                 size_bytes=int(source.value.const_value.nbytes),
             )
+            yield from _parts(node, str(source.value.name).removesuffix("_quantized"), use)
             break
 
 
+def _use_of_packed(node: Any, matrix: PackedMatrix) -> WeightUse:
+    packed, scales = node.inputs[1], node.inputs[2]
+    return WeightUse(
+        layer="",
+        weight=matrix.unpack(_array(packed)).T,
+        axis=0,
+        stored=f"int{matrix.bits}",
+        computed=type_name(scales.const_value.dtype),  # the operator takes and gives the type of its scales
+        size_bytes=int(packed.const_value.nbytes),
+    )
+
+
+def _parts(node: Any, name: str, use: WeightUse) -> Iterator[WeightUse]:
+    """The use under its layer's name, or those of the layers whose weights lie side by side in the constant `name`."""
+    columns = use.weight.shape[1]
+    for part, taken in parts_of(name, columns):
+        weight = use.weight[:, taken]
+        size = use.size_bytes * weight.shape[1] // columns if columns else 0
+        yield replace(use, layer=_layer_of(node, part), weight=weight, size_bytes=size)
+
+
 def table_uses(model: onnx_ir.Model) -> Iterator[WeightUse]:
-    """Every constant matrix of real numbers from which a graph gathers rows: embeddings."""
+    """Every constant matrix of real numbers from which a graph gathers rows: embeddings. Integers count with their
+    scales, as one table."""
+    graph = model.graph
+    scales = [scales_of_table(name, graph) for name in graph.initializers]
     for node in model.graph.all_nodes():
         source = _source_of(node.inputs[0]) if node.op_type == "Gather" else None
         if source is None or len(source.value.const_value.shape) != 2:
             continue
-        tensor = source.value.const_value
-        if source.dequantised is not None or tensor.dtype.is_floating_point():
+        tensor, quantised = source.value.const_value, scales_of_table(str(source.value.name), graph) is not None
+        if any(source.value is scale for scale in scales):
+            continue
+        if quantised or source.dequantised is not None or tensor.dtype.is_floating_point():
             stored, size = type_name(tensor.dtype), int(tensor.nbytes)
             yield WeightUse(_layer_of(node, source.value.name), _real_zeros(source), 0, "", stored, "", size)
 
@@ -142,7 +175,7 @@ def table_uses(model: onnx_ir.Model) -> Iterator[WeightUse]:
 def _axis(node: Any, position: int, transposed: bool) -> int:
     """The summed axis of the stored constant: the last but one of a second operand, the last of a first."""
     axis = 0 if position == 1 else 1
-    if node.op_type == "Gemm":
+    if node.op_type in ("Gemm", "FusedMatMul"):
         attribute = node.attributes.get("transB" if position == 1 else "transA")
         axis = 1 - axis if attribute is not None and attribute.value else axis
     return 1 - axis if transposed else axis
@@ -221,7 +254,7 @@ def type_name(dtype: Any) -> str:
 def _layer_of(node: Any, weight: str | None) -> str:
     """The module's name: from the weight's where that is a parameter's (quantisers drop the scopes), else from the
     scopes that the trace left on the node."""
-    name = (weight or "").removesuffix("_quantized").removesuffix(TRANSPOSED)
+    name = rows_of((weight or "").removesuffix("_quantized").removesuffix(TRANSPOSED))[0]
     if name.endswith(".weight"):
         return name.removesuffix(".weight")
     return module_of(node) or str(node.name or weight)

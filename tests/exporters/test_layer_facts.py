@@ -22,8 +22,9 @@ from limbeck.backends.registry import get_backend
 from limbeck.errors import InputError
 from limbeck.exporters.artifact import Manifest
 from limbeck.exporters.inputs import probe_batch
-from limbeck.exporters.layer_facts import ProgramFacts, checkpoint_facts
+from limbeck.exporters.layer_facts import LayerFacts, ProgramFacts, checkpoint_facts
 from limbeck.exporters.onnx_facts import onnx_facts
+from limbeck.exporters.onnx_weight_only import quantize_weights
 from limbeck.exporters.openvino_facts import openvino_facts
 from limbeck.exporters.settings import ExportSettings, ShapeRange
 from limbeck.models.anatomy import MATRIX_KINDS, Place, place_of
@@ -190,6 +191,77 @@ def test_four_bit_weights_in_blocks_with_zero_points(tmp_path: Path) -> None:
     assert layer.zeros == (np.abs(weight) < 1e-4).mean() and layer.zeros > 0.4  # it rounds
     assert (layer.shape, layer.size_bytes) == ([64, 32], 1024)
     assert layer.sparsity.startswith("unstructured, ")
+
+
+PRECISIONS = {"int8-weight-only": ("int8", 1), "int4-weight-only": ("int4", 0.5)}
+
+
+@pytest.mark.parametrize(
+    ("family", "precision", "fusions"),
+    [
+        ("bert", "int8-weight-only", False),
+        ("gpt2", "int4-weight-only", False),
+        ("llama", "int4-weight-only", True),
+        ("bert", "fp32", True),
+    ],
+)
+def test_layers_that_onnx_runtimes_own_operators_hold(
+    family: str, precision: str, fusions: bool, tiny_checkpoint: TinyCheckpoint, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Integers in a MatMulNBits, tables beside their scales, and weights that fusions put side by side."""
+    monkeypatch.setattr("limbeck.exporters.onnx_weight_only._SMALLEST_TABLE", 1000)
+    checkpoint = load(tiny_checkpoint, family)
+    manifest = export(checkpoint, tmp_path, "onnx", precision=precision, options={"fusions": fusions})
+    found, stored = facts_of(tmp_path, manifest), checkpoint_facts(checkpoint, Path(checkpoint.source))
+    kind, size = PRECISIONS.get(precision, ("float32", 4))
+    assert {(layer.stored, layer.computed) for layer in found.layers} == {(kind, "float32")}
+    assert shapes_of(found.layers) == shapes_of(stored.layers)
+    whole_groups = [layer for layer in found.layers if layer.shape[0] % 32 == 0]
+    assert whole_groups and all(layer.size_bytes == size * np.prod(layer.shape) for layer in whole_groups)
+    assert shapes_of(found.tables) == shapes_of(stored.tables)
+    tables = {layer.stored for layer in found.tables if np.prod(layer.shape) >= 1000}
+    assert tables == {"float32" if precision == "fp32" else "int8"}
+    for batch, sequence in ((1, 1), (3, 17)):
+        assert facts_of(tmp_path, manifest, batch, sequence).flops == counted_flops(checkpoint, sequence, batch)
+
+
+def shapes_of(layers: list[LayerFacts]) -> list[tuple[str, list[int]]]:
+    """Names as they end, since an embedder's program holds its encoder under a name of its own."""
+    return sorted((layer.layer.removeprefix("encoder.").removeprefix("encoder."), layer.shape) for layer in layers)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zeros_of_packed_integers_are_those_that_the_runtime_computes_with(bits: int, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    weight = (generator.normal(size=(40, 24)) * (generator.random((40, 24)) < 0.6)).astype(np.float32)  # 40 is padded
+    ports = [onnx.helper.make_tensor_value_info(name, 1, ["b", "n", size]) for name, size in (("x", 40), ("y", 24))]
+    parts = "a.weight.T{16}+b.weight.T{8}"
+    product = onnx.helper.make_node("MatMul", ["x", parts], ["y"])
+    graph = onnx.helper.make_graph([product], "g", ports[:1], ports[1:], [onnx.numpy_helper.from_array(weight, parts)])
+    plain = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    packed = quantize_weights(onnx_ir.from_proto(plain), bits, 32)
+    onnx_ir.save(packed, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    real = session.run(None, {"x": np.eye(40, dtype=np.float32)[None]})[0][0]
+    found = onnx_facts(tmp_path / "model.onnx", 3, 5)
+    assert [(layer.layer, layer.shape) for layer in found.layers] == [("a", [40, 16]), ("b", [40, 8])]
+    zeros = [(np.abs(columns) < 1e-6).mean() for columns in (real[:, :16], real[:, 16:])]
+    assert [layer.zeros for layer in found.layers] == pytest.approx(zeros) and min(zeros) > 0.3
+    assert {layer.precision for layer in found.layers} == {f"int{bits} weights only, computed in float32"}
+    assert found.flops == 2 * 3 * 5 * 40 * 24
+
+
+@pytest.mark.parametrize("operator", ["FusedMatMul", "MultiHeadAttention"])
+def test_flops_are_not_told_where_a_product_is_not_known(operator: str, exported: Exported, tmp_path: Path) -> None:
+    source, manifest = exported("onnx", "fp32")
+    folder = tmp_path / "artifact"
+    shutil.copytree(source, folder)
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    node = next(node for node in model.graph.node if node.op_type == "MatMul")
+    node.op_type, node.domain = operator, "com.microsoft"
+    onnx.save(model, folder / "model.onnx")
+    assert facts_of(folder, manifest).flops is None
 
 
 @pytest.mark.parametrize(
