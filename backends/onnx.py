@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..environment import available_cpus, installed_version, is_importable
-from ..errors import BackendUnavailable, InputError
+from ..errors import BackendUnavailable, InputError, UsageError
 from .base import Availability, Backend, ExportJob, Runner
 
 if TYPE_CHECKING:
@@ -134,6 +134,11 @@ class OnnxBackend(Backend):
         from ..exporters.settings import WEIGHT_ONLY
 
         precision, options = job.settings.precision, checked_options(OnnxOptions, job.settings.options, self.name)
+        if precision == "int8" and options.fusions:
+            raise UsageError(
+                "ONNX Runtime's quantiser cannot calibrate a graph with fusions.",
+                "Leave out the option fusions, or take another --precision.",
+            )
         if precision == "int8":
             exporter.require_calibration(job.calibration)
         job.progress("tracing the graph")

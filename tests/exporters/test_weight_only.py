@@ -12,6 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from limbeck.backends.base import ExportJob
+from limbeck.backends.registry import get_backend
+from limbeck.errors import UsageError
 from limbeck.exporters.onnx import GRAPH_FILE, read_weights
 from limbeck.exporters.onnx_weight_only import quantize_weights, weights_of_matrices
 from limbeck.exporters.settings import ExportSettings, ShapeRange
@@ -85,3 +88,27 @@ def test_matrices_of_any_size_come_back_within_a_step(rows: int, columns: int, b
     (found,) = weights_of_matrices(quantize_weights(onnx_ir.Model(graph, ir_version=10), bits, group).graph)
     assert found.name == "part.weight"
     assert np.all(np.abs(found.values - values.T) <= np.asarray(found.step) + 1e-6)
+
+
+def test_a_wrong_weight_among_packed_ones_is_found(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    """Fusions put the weights of query, key and value side by side; the audit takes them apart again."""
+    checkpoint = load_checkpoint(tiny_checkpoint("llama", task="text-generation"), task="text-generation")
+    settings = ExportSettings.model_validate({"backend": "onnx", "shapes": SMALL, "options": {"fusions": True}})
+    manifest = export(checkpoint, settings, tmp_path / "out")
+    assert [check.passed for check in manifest.checks] == [True, True]
+    wrong = "model.layers.1.self_attn.k_proj.weight"
+    with torch.no_grad():
+        dict(checkpoint.module.named_parameters())[wrong][3] += 0.01
+    audit = audit_weights(checkpoint.module, read_weights(tmp_path / "out" / GRAPH_FILE))
+    assert not audit.passed and wrong in audit.detail and "(1 weights are wrong)" in audit.detail
+
+
+def test_fusions_are_refused_where_the_quantiser_cannot_read_them(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    job = ExportJob(
+        load_checkpoint(tiny_checkpoint("bert")),
+        ExportSettings.model_validate({"backend": "onnx", "precision": "int8", "options": {"fusions": True}}),
+    )
+    with pytest.raises(UsageError, match="fusions"):
+        get_backend("onnx").export(job, tmp_path)
