@@ -99,7 +99,7 @@ def artifact(
         )
         rows = checkpoint.read(calibration) if case.precision == "int8" else None
         out = tmp_path_factory.mktemp("artifacts") / case.name
-        export(checkpoint, settings, out, calibration=rows)
+        export(checkpoint, settings, out, calibration=rows, beside_float=False)
         return out
 
     return make

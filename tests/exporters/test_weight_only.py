@@ -49,7 +49,7 @@ def test_every_weight_is_found_again_within_its_rounding(
     backend: str, family: str, task: str, precision: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint(family, task=task), task=task)
-    manifest = export(checkpoint, settings_for(backend, precision), tmp_path / "out")
+    manifest = export(checkpoint, settings_for(backend, precision), tmp_path / "out", beside_float=False)
     assert [check.passed for check in manifest.checks] == [True, True]
     whole = export(checkpoint, settings_for(backend, "fp32"), tmp_path / "whole")
     weights = {"onnx": "model.onnx.data", "openvino": "openvino_model.bin"}[backend]
@@ -64,7 +64,7 @@ def test_a_weight_that_is_not_the_checkpoints_is_found(
     precision: str, part: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint("bert"))
-    export(checkpoint, settings_for("onnx", precision), tmp_path / "out")
+    export(checkpoint, settings_for("onnx", precision), tmp_path / "out", beside_float=False)
     weight = dict(checkpoint.model.named_parameters())[f"{part}.weight"]
     with torch.no_grad():
         weight[3] += 0.4 * weight.abs().max()
@@ -94,7 +94,7 @@ def test_a_wrong_weight_among_packed_ones_is_found(tiny_checkpoint: TinyCheckpoi
     """Fusions put the weights of query, key and value side by side; the audit takes them apart again."""
     checkpoint = load_checkpoint(tiny_checkpoint("llama", task="text-generation"), task="text-generation")
     settings = ExportSettings.model_validate({"backend": "onnx", "shapes": SMALL, "options": {"fusions": True}})
-    manifest = export(checkpoint, settings, tmp_path / "out")
+    manifest = export(checkpoint, settings, tmp_path / "out", beside_float=False)
     assert [check.passed for check in manifest.checks] == [True, True]
     wrong = "model.layers.1.self_attn.k_proj.weight"
     with torch.no_grad():
