@@ -28,8 +28,8 @@ class OnnxOptions(BackendOptions):
     opset: int = Field(20, ge=18, le=NEWEST_OPSET, description="ONNX opset of the graph.")
     fusions: bool = Field(
         False,
-        description="Fuse attention, norms and activations into ONNX Runtime's own operators (not with int8; no other runtime reads "
-        "them).",
+        description="Fuse attention, norms and activations into ONNX Runtime's own operators: not with int8, and no "
+        "other runtime reads them.",
     )
     group_size: Literal[16, 32, 64, 128, 256] = Field(
         32, description="Weights that share one scale in a weight-only precision."
