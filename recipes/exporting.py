@@ -75,7 +75,7 @@ def export(
         BackendUnavailable: a package that the export needs is missing.
     """
     backend_for(settings)
-    _require_numbers(checkpoint)
+    require_numbers(checkpoint)
     settings = fit_to_model(settings, checkpoint)
     check_output_folder(out, overwrite)
     floor = measure_floor(checkpoint, validation, settings, progress)
@@ -119,7 +119,7 @@ def export_checked(
         return seal(manifest, folder)
 
 
-def _require_numbers(checkpoint: Checkpoint) -> None:
+def require_numbers(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that a training gone wrong has left: nothing that is exported of it could be right.
 
     Raises:

@@ -19,7 +19,7 @@ from ..files import check_output_folder, staged_folder
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
 from ..validate.latency import BenchSettings, BenchSubject, bench, speedup
-from .exporting import export_checked, fit_to_model, measure_floor
+from .exporting import export_checked, fit_to_model, measure_floor, require_numbers
 from .progress import SILENT, Progress
 
 DEFAULT_FLOOR = 0.99
@@ -71,6 +71,7 @@ def export_fastest(
         raise UsageError("--precision auto has to measure quality on something.", "Add --validation FILE.")
     refuse_untimed(settings.backend)
     backend = get_backend(settings.backend)
+    require_numbers(checkpoint)
     check_output_folder(out, overwrite)
     settings = fit_to_model(settings.model_copy(update={"floor": settings.floor or DEFAULT_FLOOR}), checkpoint)
     floor = measure_floor(checkpoint, validation, settings, progress)
