@@ -56,7 +56,7 @@ def quiet_exporters() -> Iterator[None]:
         "root",
     )
     loggers = [logging.getLogger(None if name == "root" else name) for name in names]
-    levels = [logger.level for logger in loggers]
+    levels, handlers = [logger.level for logger in loggers], list(logging.root.handlers)
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
@@ -66,6 +66,7 @@ def quiet_exporters() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        logging.root.handlers[:] = handlers  # ONNX Runtime's quantiser configures the root logger when it is imported
 
 
 def export_graph(checkpoint: Checkpoint, settings: ExportSettings, options: OnnxOptions | None = None) -> ExportedModel:

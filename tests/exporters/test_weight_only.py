@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,3 +114,19 @@ def test_fusions_are_refused_where_the_quantiser_cannot_read_them(
     )
     with pytest.raises(UsageError, match="fusions"):
         get_backend("onnx").export(job, tmp_path)
+
+
+def test_the_quantiser_leaves_the_users_logging_alone(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    """Importing it configures the root logger, which would print limbeck's own messages a second time."""
+    code = (
+        "import logging, sys\n"
+        "from limbeck.backends.base import ExportJob\n"
+        "from limbeck.backends.onnx import OnnxBackend\n"
+        "from limbeck.exporters.settings import ExportSettings\n"
+        "from limbeck.models.checkpoint import load_checkpoint\n"
+        "from pathlib import Path\n"
+        "job = ExportJob(load_checkpoint(sys.argv[1]), ExportSettings(backend='onnx', precision='int8-weight-only'))\n"
+        "OnnxBackend().export(job, Path(sys.argv[2]))\n"
+        "assert logging.root.handlers == [] and logging.root.level == logging.WARNING\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tiny_checkpoint("bert")), str(tmp_path)], check=True, timeout=300)
