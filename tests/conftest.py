@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,24 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         return made[family, task]
 
     return make
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """`small_disk(64)`: a folder on a disk of 64 kB."""
+    folder = tmp_path / "disk"
+
+    def make(kilobytes: int) -> Path:
+        folder.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder]
+        if subprocess.run(words, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a small disk is not permitted here")
+        return folder
+
+    yield make
+    if folder.is_mount():
+        # At once, although OpenVINO's failed writer keeps its file open.
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def _model(family: str, task: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

@@ -26,6 +26,15 @@ class Outcome:
     out: str
     err: str
 
+    def assert_refused(self, code: int, *words: str) -> None:
+        """The exit code, one `Error:` line, the words that matter, no traceback, nothing on standard output."""
+        assert self.code == code, self.err
+        assert self.err.count("Error: ") == 1
+        assert "Traceback" not in self.err
+        assert self.out == ""
+        for word in words:
+            assert word in self.err
+
 
 @pytest.fixture
 def limbeck(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:

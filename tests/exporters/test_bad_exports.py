@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,21 +165,12 @@ def test_a_shape_out_of_range_is_refused_with_the_range(
     assert read_manifest(tmp_path / "out").settings.shapes == shapes.within(checkpoint.max_length)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Room for the graph and not for its weights beside it."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", folder]
-    if subprocess.run(words, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small disk is not permitted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)  # OpenVINO's failed writer keeps its file open
-
-
 @pytest.mark.parametrize("backend", ["onnx", "openvino", "tensorrt"])
-def test_a_disk_that_fills_up_under_the_weights(checkpoint: Checkpoint, small_disk: Path, backend: str) -> None:
-    with pytest.raises(DiskFull, match=rf"The disk is full: {small_disk / 'out'} could not be written") as refused:
-        export(checkpoint, settings_for(backend), small_disk / "out")
+def test_a_disk_that_fills_up_under_the_weights(
+    checkpoint: Checkpoint, small_disk: Callable[[int], Path], backend: str
+) -> None:
+    disk = small_disk(100)  # room for the graph and not for its weights beside it
+    with pytest.raises(DiskFull, match=rf"The disk is full: {disk / 'out'} could not be written") as refused:
+        export(checkpoint, settings_for(backend), disk / "out")
     assert refused.value.exit_code == 4
-    assert list(small_disk.iterdir()) == []
+    assert list(disk.iterdir()) == []
