@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..errors import InputError
 from ..models.batching import Batch
 from ..models.checkpoint import Checkpoint
 from .settings import ShapeRange
@@ -20,6 +22,25 @@ def random_ids(vocabulary: int, batch: int, sequence: int, seed: int = 0) -> tor
     generator = torch.Generator().manual_seed(seed * 7919 + batch * 1009 + sequence)
     lowest = min(5, vocabulary - 1)  # ids below are special tokens in most vocabularies (padding matters to RoBERTa)
     return torch.randint(lowest, vocabulary, (batch, sequence), generator=generator)
+
+
+def random_batch(input_names: Sequence[str], vocabulary: int, shape: tuple[int, int], seed: int) -> Batch:
+    """Random ids without padding, int64 [batch, sequence] by input name; whatever is neither ids nor mask is 0."""
+    ids = random_ids(vocabulary, *shape, seed)
+    named = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {name: named.get(name, torch.zeros_like(ids)) for name in input_names}
+
+
+def vocabulary_of(config: Mapping[str, Any], source: Path) -> int:
+    """The vocabulary's size, also of a model whose text part has a configuration of its own.
+
+    Raises:
+        InputError: the configuration names none.
+    """
+    for part in (config, config.get("text_config") or {}):
+        if isinstance(size := part.get("vocab_size"), int) and size > 0:
+            return size
+    raise InputError(f"{source / 'config.json'} has no vocab_size, so no token ids can be drawn for it.")
 
 
 def token_stream(batches: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor | None:

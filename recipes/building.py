@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +14,7 @@ from ..backends.base import BuildJob, Runner
 from ..backends.registry import backend_of_format, get_backend
 from ..errors import ExportMismatch, UsageError
 from ..exporters.artifact import CheckRecord, Manifest, open_artifact, seal
+from ..exporters.inputs import random_batch, vocabulary_of
 from ..exporters.model_card import write_model_card
 from ..exporters.settings import ExportSettings
 from ..files import check_output_folder, read_json, staged_folder
@@ -20,7 +22,6 @@ from ..models.batching import Batch
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
 from ..models.terms import read_terms
-from ..validate.latency_worker import random_ids, vocabulary_of
 from ..validate.parity import check_parity
 from .exporting import export
 from .progress import SILENT, Progress
@@ -86,7 +87,7 @@ def check_built(program: Runner, kit: Runner, built: Manifest, folder: Path) -> 
         (shapes.opt_batch, shapes.opt_sequence),
     ]
     probes = (
-        (f"{batch} x {sequence}, padded", _padded(random_ids(names, vocabulary, (batch, sequence), seed=0)))
+        (f"{batch} x {sequence}, padded", _padded(random_batch(names, vocabulary, (batch, sequence), seed=0)))
         for batch, sequence in sizes
     )
     check = check_parity(program, kit, probes, built.settings.precision)
@@ -114,6 +115,7 @@ def export_for_device(
     *,
     calibration: Data | None = None,
     validation: Data | None = None,
+    beside_float: bool = True,
     kit_only: bool = False,
     overwrite: bool = False,
     progress: Progress = SILENT,
@@ -121,6 +123,7 @@ def export_for_device(
     """Export, and build at once where that makes a kit whose compiler and device are on this machine.
 
     Args:
+        beside_float: see `export`.
         kit_only: leave the kit as it is; it is built elsewhere.
 
     Raises:
@@ -129,18 +132,19 @@ def export_for_device(
     backend = get_backend(settings.backend)
     if kit_only and not backend.built_format:
         raise UsageError(f"The backend {backend.name} has no kits: nothing of it is built.", "Leave out --kit-only.")
+    work = partial(
+        export,
+        checkpoint,
+        settings,
+        calibration=calibration,
+        validation=validation,
+        beside_float=beside_float,
+        progress=progress,
+    )
     if kit_only or not backend.built_format or not backend.probe().can_run:
-        return export(
-            checkpoint,
-            settings,
-            out,
-            calibration=calibration,
-            validation=validation,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        return work(out, overwrite=overwrite)
     check_output_folder(out, overwrite)
     with TemporaryDirectory(prefix="limbeck-") as place:
         kit = Path(place) / "kit"
-        export(checkpoint, settings, kit, calibration=calibration, validation=validation, progress=progress)
+        work(kit)
         return build(kit, out, overwrite=overwrite, progress=progress)

@@ -19,7 +19,7 @@ from ..prune.settings import PruneSettings
 from ..validate.latency import BenchResult, BenchSettings, BenchSubject, bench, speedup
 from .progress import Progress
 from .schema import Constraints, Export, Recipe
-from .steps import export, prune
+from .steps import export_for_device, prune
 
 _SLACK = 1.25
 """A prediction may be off by this factor before a limit is called impossible: the machine is noisy, and gates measure
@@ -92,7 +92,7 @@ def measured_costs(
     with TemporaryDirectory(prefix="limbeck-plan-") as folder:
         target = Path(folder) / wanted.name
         settings = settings.model_copy(update={"calibration_samples": rows, "floor": None})
-        manifest = export(
+        manifest = export_for_device(
             subject.checkpoint,
             settings,
             target,

@@ -250,11 +250,11 @@ class RecipeRun:
 
     def _export(self, export: Export, folders: Mapping[str, Path], folder: Path) -> None:
         from .precision_choice import export_fastest
-        from .steps import export as export_checkpoint
+        from .steps import export_for_device
 
         checkpoint, data = self._checkpoint(export.start, folders), self.recipe.data
         development = self._data(data.development) if export.measures_quality and data.development else None
-        verb = export_fastest if export.precision == "auto" else export_checkpoint
+        verb = export_fastest if export.precision == "auto" else export_for_device
         verb(
             checkpoint,
             export.settings(),
@@ -365,11 +365,12 @@ def _scores_of(standard: Standard) -> dict[str, float]:
 
 
 def _refuse_untimed(stage: Stage, recipe: Recipe) -> None:
-    """A kit is compiled on the device it is for: nothing here could be timed."""
+    """A kit is compiled on the device it is for: elsewhere nothing could be timed."""
     until = stage.cycle.until if stage.cycle is not None else None
     if until is None or until.export is None or not until.limits().keys() - {"parameters", "size_mb"}:
         return
-    if backend_for(recipe.export_named(until.export).settings()).built_format:
+    backend = backend_for(recipe.export_named(until.export).settings())
+    if backend.built_format and not backend.probe().can_run:
         raise UsageError(
             f"The cycle {stage.name} cannot be timed on {until.export}: its device is elsewhere.",
             "Name an export that runs on this machine, or state parameters or size_mb.",

@@ -17,23 +17,21 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..backends.base import Runner
 from ..backends.registry import load_runner
 from ..backends.torch import EagerRunner
 from ..errors import InputError, LimbeckError
+from ..exporters.inputs import random_batch, vocabulary_of
 from ..files import read_json
 from ..models.batching import Batch
 from ..models.checkpoint import load_checkpoint, max_positions
 
-_LOWEST_ID = 5  # ids below are special tokens in most vocabularies (padding changes RoBERTa's positions)
 _LEAD_IN_CALLS = 2
 _LEAD_IN_SECONDS = 0.02
 _WINDOW_CALLS = 5
@@ -51,26 +49,6 @@ class _Loaded:
     input_names: list[str]
     positions: int | None
     """Tokens a checkpoint has positions for; an artifact's program knows its own bounds."""
-
-
-def random_ids(input_names: list[str], vocabulary: int, shape: tuple[int, int], seed: int) -> Batch:
-    """Random token ids without padding, int64 [batch, sequence], the same for every subject given the same numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(min(_LOWEST_ID, vocabulary - 1), vocabulary, shape, generator=generator)
-    named = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {name: named.get(name, torch.zeros_like(ids)) for name in input_names}
-
-
-def vocabulary_of(config: Mapping[str, Any], source: Path) -> int:
-    """The vocabulary's size, also of a model whose text part has a configuration of its own.
-
-    Raises:
-        InputError: the configuration names none.
-    """
-    for part in (config, config.get("text_config") or {}):
-        if isinstance(size := part.get("vocab_size"), int) and size > 0:
-            return size
-    raise InputError(f"{source / 'config.json'} has no vocab_size, so no token ids can be drawn for it.")
 
 
 class LatencyWorker:
@@ -119,7 +97,7 @@ class LatencyWorker:
                 f"The model has positions for {loaded.positions} tokens; it cannot be timed at {sequence}.",
                 f"Ask for --sequence-length {loaded.positions} or less.",
             )
-        self._batch = random_ids(loaded.input_names, vocabulary, (batch, sequence), seed)
+        self._batch = random_batch(loaded.input_names, vocabulary, (batch, sequence), seed)
         start = time.perf_counter()
         loaded.runner(self._batch)  # not the prepared call: this one says in words what is wrong with a shape
         cold_start_ms = self._load_ms + (time.perf_counter() - start) * 1e3

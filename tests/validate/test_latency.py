@@ -22,6 +22,7 @@ from limbeck.backends.base import ExportJob
 from limbeck.backends.onnx import OnnxBackend
 from limbeck.errors import InputError, IntegrityError, UsageError
 from limbeck.exporters.artifact import Manifest, seal
+from limbeck.exporters.inputs import random_batch
 from limbeck.exporters.settings import ExportSettings
 from limbeck.models.checkpoint import load_checkpoint
 from limbeck.validate.latency import (
@@ -33,7 +34,7 @@ from limbeck.validate.latency import (
     histogram,
     speedup,
 )
-from limbeck.validate.latency_worker import peak_memory_mb, random_ids, timed, warm_up
+from limbeck.validate.latency_worker import peak_memory_mb, timed, warm_up
 
 MODULE = "limbeck.validate.latency_worker"
 QUICK = BenchSettings(batch_size=2, sequence_length=8, threads=1, rounds=4, seconds_per_round=0.01, warm_up_seconds=0.5)
@@ -253,13 +254,16 @@ def test_the_peak_memory_is_the_workers_own_and_not_its_parents() -> None:
 
 def test_every_subject_gets_the_same_ids() -> None:
     names = ["input_ids", "token_type_ids", "attention_mask"]
-    one, two = random_ids(names, 300, (2, 8), seed=3), random_ids(["attention_mask", "input_ids"], 300, (2, 8), seed=3)
+    one, two = (
+        random_batch(names, 300, (2, 8), seed=3),
+        random_batch(["attention_mask", "input_ids"], 300, (2, 8), seed=3),
+    )
     assert torch.equal(one["input_ids"], two["input_ids"])
     assert one["input_ids"].dtype == torch.int64
     assert one["input_ids"].min() >= 5 and one["input_ids"].max() < 300
     assert one["attention_mask"].all() and not one["token_type_ids"].any()
     assert list(two) == ["attention_mask", "input_ids"]
-    assert not torch.equal(one["input_ids"], random_ids(names, 300, (2, 8), seed=4)["input_ids"])
+    assert not torch.equal(one["input_ids"], random_batch(names, 300, (2, 8), seed=4)["input_ids"])
 
 
 def test_every_call_is_timed_and_garbage_is_left_alone_meanwhile() -> None:
