@@ -128,6 +128,7 @@ class OnnxBackend(Backend):
 
     def export(self, job: ExportJob, folder: Path) -> ExportedProgram:
         from ..exporters import onnx as exporter
+        from ..exporters.float_range import float16_evidence
         from ..exporters.options import OnnxOptions, checked_options
         from ..exporters.precision import HALF_DTYPES, half_precision
         from ..exporters.program import ExportedProgram
@@ -151,6 +152,11 @@ class OnnxBackend(Backend):
         elif precision in WEIGHT_ONLY:
             job.progress("quantising the weights")
             exporter.quantize_weights_only(exported, precision, options)
+        evidence = {}
+        if precision == "fp16":  # the CPU computes through float32, and so hides what a GPU's would show
+            job.progress("checking float16 ranges")
+            found = float16_evidence(job.checkpoint, job.settings.shapes, exported.program, job.calibration)
+            evidence["float16 range"] = found
         exported.save_pretrained(folder)
         graph = exported.program.graph
         return ExportedProgram(
@@ -160,6 +166,7 @@ class OnnxBackend(Backend):
             weights=exporter.read_weights(folder / exporter.GRAPH_FILE),
             unverified=_NO_BF16 if precision == "bf16" else None,
             stand_in="its float32 twin" if precision == "bf16" else None,
+            evidence=evidence,
         )
 
     def load(self, folder: Path, manifest: Manifest, threads: int | None = None) -> Runner:

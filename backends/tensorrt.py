@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..environment import gpu_facts, installed_version, is_importable
-from ..errors import BackendUnavailable, ExportMismatch
+from ..errors import BackendUnavailable
 from .base import Availability, Backend, BuildJob, ExportJob, Runner
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _INSTALL = (
     'pip install tensorrt "limbeck[tensorrt]" (with NVIDIA\'s package index: see the TensorRT installation guide)'
 )
 _NEEDS_GPU = "Use a machine with an NVIDIA GPU and driver, and there: " + _INSTALL
-_LISTED = 10
+_FLOAT32_REST = "Keep what is not quantised in float32: --option rest=fp32."
 
 
 class TensorRTBackend(Backend):
@@ -63,6 +63,7 @@ class TensorRTBackend(Backend):
     def export(self, job: ExportJob, folder: Path) -> ExportedProgram:
         from ..exporters import onnx, tensorrt
         from ..exporters.build_plan import BuildPlan, profile_shapes
+        from ..exporters.float_range import RANGE_OF_FLOAT32, float16_evidence
         from ..exporters.options import checked_options
         from ..exporters.program import ExportedProgram
         from ..exporters.settings import CALIBRATED
@@ -79,6 +80,12 @@ class TensorRTBackend(Backend):
         if settings.sparsity is not None:
             require_pattern(sparse_layers, job.checkpoint.source)
         rest = options.rest if settings.precision in CALIBRATED else settings.precision
+        evidence = {}
+        if rest == "fp16":
+            job.progress("checking float16 ranges")
+            hint = _FLOAT32_REST if settings.precision in CALIBRATED else RANGE_OF_FLOAT32
+            found = float16_evidence(job.checkpoint, shapes, exported.program, job.calibration, hint)
+            evidence["float16 range"] = found
         inputs = onnx.tensor_specs(exported.program.graph.inputs)
         plan = BuildPlan.of(settings, options, [spec.name for spec in inputs], onnx.OPSET)
         plan.save(folder)
@@ -93,7 +100,7 @@ class TensorRTBackend(Backend):
                 **({"where not quantised": rest} if settings.precision in CALIBRATED else {}),
             },
             sparse_layers=sparse_layers,
-            evidence={"float16 range": _float_range(job, exported.program)} if rest == "fp16" else {},
+            evidence=evidence,
             unverified="never built or run on a GPU",
             is_kit=True,
         )
@@ -194,39 +201,3 @@ def missing_for_engines() -> list[str]:
 
 def _mend(lacking: list[str]) -> str:
     return _INSTALL if lacking[-1].startswith("not installed") else _NEEDS_GPU
-
-
-def _float_range(job: ExportJob, program: Any) -> dict[str, Any]:
-    """Measure and check every half tensor on the real batches, and on long random ones."""
-    from ..exporters.float_range import FLOAT16_MAX, MARGIN, check_ranges, measure_ranges
-    from ..exporters.inputs import longest, probe_batch
-    from ..exporters.settings import CALIBRATED
-
-    job.progress("checking float16 ranges")
-    top = longest(job.checkpoint, job.settings.shapes)
-    random = [probe_batch(job.checkpoint, 4, top, padded=padded) for padded in (False, True)]
-    ranges = measure_ranges(program, [*job.calibration, *random])
-    try:
-        check_ranges(ranges)
-    except ExportMismatch as error:
-        if job.settings.precision not in CALIBRATED:
-            raise
-        hint = "Keep what is not quantised in float32: --option rest=fp32."
-        raise ExportMismatch(error.message, hint) from error
-    return {
-        "maximum": FLOAT16_MAX,
-        "margin": MARGIN,
-        "tensors": len(ranges),
-        "real batches": len(job.calibration),
-        "random batches": len(random),
-        "widest": [
-            {
-                "module": entry.module,
-                "operator": entry.operator,
-                "tensor": entry.tensor,
-                "largest": entry.largest,
-                "share": entry.share,
-            }
-            for entry in ranges[:_LISTED]
-        ],
-    }

@@ -3,20 +3,26 @@
 ONNX Runtime's CPU computes float16 through float32 and so hides an overflow that a GPU would show. Hence the graph's
 float32 twin is run: same nodes, same (rounded) weights, every half tensor widened, with the largest magnitude of each
 as an extra output. What is measured is therefore exactly what will be half on the device, fusions aside.
+
+float16's lowest number itself is not counted: families that write their attention out put it where a query may not look
+(DeBERTa), and no sum comes out at it by chance.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import ExportMismatch
+from ..models.checkpoint import Checkpoint
+from .inputs import longest, probe_batch
 from .node_scopes import module_of
+from .settings import ShapeRange
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -29,6 +35,42 @@ _MOVES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", 
 _NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
 """Operators that square what they are given: in half precision a compiler may well do it in half."""
 _PREFIX = "limbeck_largest_"
+_LISTED = 10
+RANGE_OF_FLOAT32 = "Use --precision bf16, which has the range of float32."
+
+
+def float16_evidence(
+    checkpoint: Checkpoint,
+    shapes: ShapeRange,
+    program: onnx_ir.Model,
+    calibration: Sequence[Mapping[str, torch.Tensor]],
+    hint: str = RANGE_OF_FLOAT32,
+) -> dict[str, Any]:
+    """Measure and check every half tensor of a graph, on real batches and on long random ones.
+
+    Args:
+        program: the graph of `checkpoint`'s module in float16.
+        calibration: batches of real inputs, int64 [batch, sequence] by name.
+        hint: what to do about a tensor that is too wide.
+
+    Returns:
+        What the manifest keeps: how many tensors were measured on what, and the widest.
+
+    Raises:
+        ExportMismatch: see `check_ranges`.
+    """
+    top = longest(checkpoint, shapes)
+    random = [probe_batch(checkpoint, 4, top, padded=padded) for padded in (False, True)]
+    ranges = measure_ranges(program, [*calibration, *random])
+    check_ranges(ranges, hint=hint)
+    return {
+        "maximum": FLOAT16_MAX,
+        "margin": MARGIN,
+        "tensors": len(ranges),
+        "real batches": len(calibration),
+        "random batches": len(random),
+        "widest": [{**asdict(entry), "share": entry.share} for entry in ranges[:_LISTED]],
+    }
 
 
 @dataclass(frozen=True)
@@ -78,7 +120,7 @@ def measure_ranges(model: onnx_ir.Model, batches: Iterable[Mapping[str, torch.Te
     return sorted(found, key=lambda entry: -entry.largest)
 
 
-def check_ranges(ranges: Sequence[TensorRange], margin: float = MARGIN) -> None:
+def check_ranges(ranges: Sequence[TensorRange], margin: float = MARGIN, hint: str = RANGE_OF_FLOAT32) -> None:
     """Refuse tensors that come closer to float16's maximum than the margin allows.
 
     Raises:
@@ -91,7 +133,7 @@ def check_ranges(ranges: Sequence[TensorRange], margin: float = MARGIN) -> None:
         raise ExportMismatch(
             f"{worst.module or 'The model'} {what}: {worst.operator} reaches {worst.largest:,.0f}, float16 ends at "
             f"{FLOAT16_MAX:,.0f}, and a margin of {margin:g}x is kept ({len(beyond)} of {len(ranges)} tensors).",
-            "Use --precision bf16, which has the range of float32.",
+            hint,
         )
 
 
@@ -111,12 +153,10 @@ def float32_twin(model: onnx_ir.Model) -> onnx_ir.Model:
             elif attribute.type == onnx_ir.AttributeType.TENSOR and attribute.value.dtype in half:
                 wide = onnx_ir.tensor(attribute.value.numpy().astype("float32"), name=attribute.value.name)
                 node.attributes[name] = onnx_ir.AttrTensor(name, wide)
-        for value in node.outputs:
-            if value.dtype in half:
-                value.dtype = onnx_ir.DataType.FLOAT
-    for value in (*twin.graph.inputs, *twin.graph.initializers.values()):
+    made = [value for node in twin.graph.all_nodes() for value in node.outputs]
+    for value in (*made, *twin.graph.inputs, *twin.graph.initializers.values()):
         if value.dtype in half:
-            value.dtype = onnx_ir.DataType.FLOAT
+            value.type = onnx_ir.TensorType(onnx_ir.DataType.FLOAT)  # a clone shares the type that it had
     return twin
 
 
@@ -148,12 +188,24 @@ def _twin_with_ranges(model: onnx_ir.Model) -> tuple[onnx_ir.Model, dict[str, tu
         twin.graph.append(square)
         values[f"{name}_squares"] = square.outputs[0]
         watched[f"{name}_squares"] = watched[name][0], f"the square inside {watched[name][1]}"
+    lowest, zero = (_scalar(twin, name, number) for name, number in (("lowest", -FLOAT16_MAX), ("zero", 0.0)))
     for name in watched:
-        size = onnx_ir.node("Abs", [values[name]])
+        masked = onnx_ir.node("Equal", [values[name], lowest])
+        counted = onnx_ir.node("Where", [masked.outputs[0], zero, values[name]])
+        size = onnx_ir.node("Abs", counted.outputs)
         largest = onnx_ir.node("ReduceMax", size.outputs, {"keepdims": 0})
         output = largest.outputs[0]
         output.name = _PREFIX + name
         output.shape, output.dtype = onnx_ir.Shape([]), onnx_ir.DataType.FLOAT
-        twin.graph.extend([size, largest])
+        twin.graph.extend([masked, counted, size, largest])
         twin.graph.outputs.append(output)
     return twin, watched
+
+
+def _scalar(model: onnx_ir.Model, name: str, number: float) -> onnx_ir.Value:
+    import onnx_ir
+
+    constant = onnx_ir.tensor(number, dtype=onnx_ir.DataType.FLOAT, name=_PREFIX + name)
+    value = onnx_ir.val(_PREFIX + name, const_value=constant)
+    model.graph.register_initializer(value)
+    return value

@@ -133,19 +133,22 @@ def quantize_weights_only(exported: ExportedModel, precision: Precision, options
 
 def quantize_int8(exported: ExportedModel, calibration: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Static int8 by ONNX Runtime's quantiser (Q/DQ nodes), calibrated on real batches: unsigned activations and
-    signed weights per channel, the pair that VNNI instructions multiply."""
+    signed weights per channel, the pair that VNNI instructions multiply. What a product hands on stays float: its range
+    is the widest there is, and rounding it gains nothing."""
     from onnxruntime.quantization import QuantType
     from transformers.exporters import OnnxRuntimeStaticConfig
 
     from .static_quantization import WeightQuantizer
 
+    products = ["MatMul", "Gemm"]
     config = OnnxRuntimeStaticConfig(
-        op_types_to_quantize=["MatMul", "Gemm"],
+        op_types_to_quantize=products,
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         # Without VNNI the int16 sums of u8 x s8 products saturate at full range.
         reduce_range=not any("vnni" in flag for flag in cpu_facts()["instruction_sets"]),
+        extra_options={"QuantizeBias": False, "OpTypesToExcludeOutputQuantization": products},
     )
     quantizer = WeightQuantizer(config, calibration_dataset=[dict(batch) for batch in calibration])
     component = exported.components["model"]

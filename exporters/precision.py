@@ -22,9 +22,11 @@ ATTENTION = "limbeck_float32_softmax"
 HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 """Precisions that `half_precision` makes, by their names on the command line."""
 
-
 _CUBING_ACTIVATIONS = ("NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation")
 """Written out as tanh(x + c x^3): the cube passes float16's end at x = 40."""
+
+_ROOM = 10_000.0
+"""Far below any score, and as far from float16's end."""
 
 
 @contextmanager
@@ -48,6 +50,7 @@ def half_precision(module: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]
             stack.enter_context(_float32_inside(part, dtype))
         stack.enter_context(_float32_outputs(module))
         stack.enter_context(_float32_softmax(dtype))
+        stack.enter_context(_masks_with_room())
         for model in _models_with_attention(module):
             stack.enter_context(_float32_attention(model))
         yield module
@@ -140,6 +143,25 @@ def _float32_softmax(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         functional.softmax = original
+
+
+@contextmanager
+def _masks_with_room() -> Iterator[None]:
+    """Additive masks, of families whose attention function cannot be chosen, hold -10,000 in float16 and not its lowest
+    number, which overflows when a score is added to it. The softmax, in float32, makes a zero of either."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    additive = ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+
+    def mask_with_room(**settings: Any) -> torch.Tensor | None:
+        mask: torch.Tensor | None = additive(**settings)
+        return mask if mask is None or mask.dtype != torch.float16 else mask.clamp(min=-_ROOM)
+
+    AttentionMaskInterface.register("eager", mask_with_room)
+    try:
+        yield
+    finally:
+        AttentionMaskInterface.register("eager", additive)
 
 
 def _models_with_attention(module: nn.Module) -> list[Any]:

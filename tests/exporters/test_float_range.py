@@ -74,11 +74,19 @@ def test_what_is_not_a_number_is_beyond_the_range() -> None:
         check_ranges([TensorRange("x", "layer", "Add", float("inf"))])
 
 
+def test_a_mask_of_float16s_lowest_number_is_no_overflow() -> None:
+    batch = {"input_ids": torch.tensor([[0, 1, 2]])}
+    masked = scaled(-FLOAT16_MAX)
+    assert [entry.largest for entry in measure_ranges(masked, [{"input_ids": batch["input_ids"][:, :2]}])] == [1, 0]
+    assert measure_ranges(masked, [batch])[0].largest == 2 * FLOAT16_MAX  # twice that is one
+
+
 def test_the_measured_graph_stays_as_it_was() -> None:
     model = scaled(3.0)
     measure_ranges(model, [{"input_ids": torch.tensor([[1]])}])
     assert [value.name for value in model.graph.outputs] == ["y"]
     assert model.graph.initializers["factor"].const_value.dtype == onnx_ir.DataType.FLOAT16
     assert next(iter(model.graph)).attributes["to"].value == onnx_ir.DataType.FLOAT16
+    assert [node.outputs[0].dtype.name for node in model.graph] == ["FLOAT16", "FLOAT16", "FLOAT", "FLOAT"]
     twin = float32_twin(model)
     assert twin.graph.initializers["factor"].const_value.dtype == onnx_ir.DataType.FLOAT

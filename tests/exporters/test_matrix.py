@@ -41,17 +41,8 @@ PAIRWISE: list[Cell] = [
     for column, backend in enumerate(BACKENDS)
 ]
 WHOLE: list[Cell] = list(itertools.product(MODELS, BACKENDS, PRECISIONS))
-_OWN_MASKS = {
-    "mpnet": "attention.attn overflows float16: Add reaches 65,5",
-    "deberta-v2": "comes too close to float16's end: Where reaches 65,504",
-}
-REFUSED: dict[Cell, str] = {
-    (model, "tensorrt", precision): said for model, said in _OWN_MASKS.items() for precision in ("fp16", "int8")
-}
-"""Programs that are known not to come about: attention that is written out in the family's own module masks with
-float16's lowest number. An int8 kit computes the rest in float16."""
 _COARSE = re.compile(r"differs by 0\.[5-9]\d? of its magnitude, tolerance 0\.5")
-"""What may be said of int8: random weights have wide ranges, and CPUs without VNNI lose a bit more of them."""
+"""What may be said of OpenVINO's int8: random weights have wide ranges, and SmoothQuant moves them about."""
 
 
 def test_the_choice_covers_every_pair() -> None:
@@ -153,7 +144,5 @@ def test_a_program_is_near_torch_or_says_why_there_is_none(
         parity, audit = manifest.checks
         matrix.found[cell] = f"{max(float(row['share of the output']) for row in parity.rows):.1g}"
         assert parity.passed and audit.passed
-    coarse = precision == "int8" and _COARSE.search(refused)
-    assert coarse or bool(refused) == (cell in REFUSED), refused
-    assert coarse or REFUSED.get(cell, "") in refused
+    assert not refused or ((backend, precision) == ("openvino", "int8") and _COARSE.search(refused)), refused
     assert (tmp_path / "out").exists() != bool(refused)

@@ -108,10 +108,13 @@ def large_residual(checkpoint: Any) -> None:
         checkpoint.module.get_submodule("encoder.encoder.layer.1.output.dense").bias.add_(torch.linspace(-900, 900, 32))
 
 
-def test_activations_that_leave_float16_are_refused(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["onnx", "tensorrt"])
+def test_activations_that_leave_float16_are_refused(
+    backend: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint("bert"))
     large_activations(checkpoint)
-    settings = ExportSettings(backend="tensorrt", precision="fp16", shapes=SMALL)
+    settings = ExportSettings(backend=backend, precision="fp16", shapes=SMALL)
     with pytest.raises(ExportMismatch, match=r"encoder\.encoder\.layer\.1\.\S+ overflows float16") as refused:
         export(checkpoint, settings, tmp_path / "out")
     assert "bf16" in str(refused.value.hint) and list(tmp_path.iterdir()) == []
