@@ -100,6 +100,14 @@ def test_an_export_computes_what_its_checkpoint_computes(
     assert [spec.name for spec in export.program.outputs] == [export.checkpoint.task.output]
 
 
+def test_int8_does_not_round_what_a_product_hands_on(exported: Callable[..., Export]) -> None:
+    export = exported(*EXPORTS[1])
+    graph = onnx.load(export.folder / GRAPH_FILE).graph
+    products = {name for node in graph.node if node.op_type in ("MatMul", "Gemm") for name in node.output}
+    rounded = {name for node in graph.node if node.op_type == "QuantizeLinear" for name in node.input}
+    assert products and rounded and not products & rounded
+
+
 @every_export
 def test_weights_bear_their_parameters_names(
     exported: Callable[..., Export], family: str, task: str, precision: str

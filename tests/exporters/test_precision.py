@@ -11,7 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
 
 from limbeck.errors import ExportMismatch
 from limbeck.exporters.precision import (
@@ -59,6 +64,20 @@ def test_half_inside_and_as_before_outside(checkpoint: Checkpoint, dtype: torch.
         assert abs(found[name] - values)[mask].max() < (0.01 if dtype == torch.float16 else 0.08) * abs(values).max()
     assert checkpoint.model.config._attn_implementation in ("sdpa", "eager")
     assert nn.functional.softmax.__module__ == "torch.nn.functional"
+
+
+def test_an_additive_mask_has_room_for_scores_in_float16(tiny_checkpoint: Callable[..., Path]) -> None:
+    module = load_checkpoint(tiny_checkpoint("mpnet")).module
+    before = ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+    asked = {"batch_size": 1, "q_length": 4, "kv_length": 4, "mask_function": causal_mask_function}
+    with half_precision(module, torch.float16):
+        masks = {
+            kind: ALL_MASK_ATTENTION_FUNCTIONS["eager"](**asked, dtype=kind) for kind in (torch.float16, torch.float32)
+        }
+    assert masks[torch.float16].dtype == torch.float16 and masks[torch.float16].unique().tolist() == [-10_000, 0]
+    assert masks[torch.float32].min() == torch.finfo(torch.float32).min
+    assert ALL_MASK_ATTENTION_FUNCTIONS["eager"] is before
+    assert (before(**asked, dtype=torch.float16) + torch.tensor(-40.0, dtype=torch.float16)).isinf().any()
 
 
 def every_parameter(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
