@@ -53,25 +53,27 @@ def test_every_weight_is_found_again_within_its_rounding(
     checkpoint = load_checkpoint(tiny_checkpoint(family, task=task), task=task)
     manifest = export(checkpoint, settings_for(backend, precision), tmp_path / "out", beside_float=False)
     assert [check.passed for check in manifest.checks] == [True, True]
-    whole = export(checkpoint, settings_for(backend, "fp32"), tmp_path / "whole")
     weights = {"onnx": "model.onnx.data", "openvino": "openvino_model.bin"}[backend]
-    shrunk = (tmp_path / "out" / weights).stat().st_size / (tmp_path / "whole" / weights).stat().st_size
-    assert shrunk < (0.5 if precision == "int4-weight-only" else 0.6)
-    assert whole.parent_hash == manifest.parent_hash
+    whole = 4 * sum(parameter.numel() for parameter in checkpoint.module.parameters())
+    assert (tmp_path / "out" / weights).stat().st_size < (0.5 if precision == "int4-weight-only" else 0.6) * whole
 
 
 @pytest.mark.parametrize("precision", ["int8-weight-only", "int4-weight-only"])
-@pytest.mark.parametrize("part", ["embeddings.word_embeddings", "encoder.layer.1.output.dense"])
 def test_a_weight_that_is_not_the_checkpoints_is_found(
-    precision: str, part: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+    precision: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint("bert"))
-    export(checkpoint, settings_for("onnx", precision), tmp_path / "out", beside_float=False)
-    weight = dict(checkpoint.model.named_parameters())[f"{part}.weight"]
-    with torch.no_grad():
-        weight[3] += 0.4 * weight.abs().max()
-    audit = audit_weights(checkpoint.module, read_weights(tmp_path / "out" / GRAPH_FILE))
-    assert not audit.passed and f"{part}.weight" in audit.detail
+    get_backend("onnx").export(ExportJob(checkpoint, settings_for("onnx", precision)), tmp_path)
+    for part in ("embeddings.word_embeddings", "encoder.layer.1.output.dense"):
+        weight = dict(checkpoint.model.named_parameters())[f"{part}.weight"]
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight[3] += 0.4 * weight.abs().max()
+        audit = audit_weights(checkpoint.module, read_weights(tmp_path / GRAPH_FILE))
+        assert not audit.passed and f"{part}.weight" in audit.detail
+        with torch.no_grad():
+            weight.copy_(before)
+    assert audit_weights(checkpoint.module, read_weights(tmp_path / GRAPH_FILE)).passed
 
 
 @given(
