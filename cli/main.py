@@ -31,6 +31,7 @@ VERBS = {
     "validate": "Hold artifacts against their teacher and write a report.",
     "bench": "Time models and artifacts side by side.",
     "gate": "Apply gates to a report; the exit code is the answer.",
+    "diff": "Show what changed from one report to the next.",
     "backends": "List backends, what they can do here, and what mends them.",
 }
 

@@ -277,6 +277,11 @@ class Recipe(_Part):
         for gate in self.gates:
             if not any(name == gate.candidate or fnmatchcase(name, gate.candidate) for name in gated):
                 raise ValueError(f"the gate on {gate.metric} names {gate.candidate}, but gated are {', '.join(gated)}")
+            if gate.relative_to == "previous":
+                raise ValueError(
+                    f"the gate on {gate.metric} is relative to the previous release, which a run knows nothing of: "
+                    "ask it of the run's report, with limbeck gate --previous"
+                )
         return self
 
     @model_validator(mode="after")

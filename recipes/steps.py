@@ -38,6 +38,7 @@ from ..validate.measurement import (
     with_latency,
 )
 from ..validate.quality import headline_metric, higher_is_better, score
+from ..validate.relative import check_references
 from ..validate.report import Candidate, Gate, Report
 from .building import build, export_for_device
 from .exporting import export
@@ -145,6 +146,7 @@ def validate(
         latency: how to time teacher and artifacts; not timed when not given.
         baselines: names of artifacts that are measured for comparison only: gates do not look at them.
     """
+    check_references(gates, previous_given=False)
     opened = {name: open_artifact(folder) for name, folder in artifacts.items()}
     progress.say("teacher")
     standard = set_standard(teacher, data, progress=progress.advance)

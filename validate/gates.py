@@ -19,11 +19,12 @@ import yaml
 from pydantic import ValidationError
 
 from ..errors import GateFailed, GateInconclusive, InputError
+from .relative import References, compare
 from .report import Candidate, Gate, GateResult, Metric, Report, Verdict, describe_problems, exact_number, short_number
 
 __all__ = ["Gate", "GateResult", "apply_gates", "judge", "load_gates", "raise_for_verdict"]
 
-_KEYS = ", ".join(Gate.model_fields)
+_KEYS = [field.alias or name for name, field in Gate.model_fields.items()]
 _EXAMPLE = "A gate looks like: {metric: spearman_kept, candidate: '*', min: 0.98, why: search quality}."
 _HOPELESS = 1000  # times as many examples: beyond this "collect more data" is no advice
 
@@ -73,26 +74,31 @@ def _refuse_repeated_keys(path: Path, node: Any) -> None:
 
 def _gate(item: Any, where: str) -> Gate:
     if not isinstance(item, dict):
-        raise InputError(f"{where}: a gate is a mapping with the keys {_KEYS}, not {item!r}.", _EXAMPLE)
+        raise InputError(f"{where}: a gate is a mapping with the keys {', '.join(_KEYS)}, not {item!r}.", _EXAMPLE)
     for key in item:
-        if key not in Gate.model_fields:
-            raise InputError(f"{where}: {key!r} is not a key of a gate; valid keys are {_KEYS}.", _EXAMPLE)
+        if key not in _KEYS:
+            raise InputError(f"{where}: {key!r} is not a key of a gate; valid keys are {', '.join(_KEYS)}.", _EXAMPLE)
     try:
         return Gate.model_validate(item)
     except ValidationError as error:
         raise InputError(f"{where}: {describe_problems(error)}.", _EXAMPLE) from error
 
 
-def apply_gates(report: Report, gates: Sequence[Gate]) -> list[GateResult]:
+def apply_gates(report: Report, gates: Sequence[Gate], previous: Report | None = None) -> list[GateResult]:
     """Hold every gate against every candidate that its glob matches and that has its metric; the teacher is never a
     candidate. Results are in the order of the gates.
 
+    Args:
+        previous: the last release's report, for gates that are relative to it.
+
     Raises:
-        InputError: a gate that would hold nothing: its glob matches no candidate, or none that has its metric.
+        InputError: a gate that would hold nothing: its glob matches no candidate, or none that has its metric; or one
+            that is relative to what is not there.
     """
     gated = [candidate for candidate in report.candidates if not candidate.baseline]
+    references = References(report, previous)
     return [
-        judge(gate, candidate.name, metric)
+        _judge(gate, candidate, metric, references)
         for gate in gates
         for candidate, metric in _with_metric(gate, _matching(gate, gated))
     ]
@@ -124,9 +130,24 @@ def _with_metric(gate: Gate, candidates: Sequence[Candidate]) -> list[tuple[Cand
     return found
 
 
+def _judge(gate: Gate, candidate: Candidate, metric: Metric, references: References) -> GateResult:
+    if gate.relative_to is None:
+        return judge(gate, candidate.name, metric)
+    compared = compare(gate, candidate, metric, references)
+    limits = gate.model_copy(update={"relative_to": None, "as_": "ratio"})  # said of the ratio or difference itself
+    result = judge(limits, candidate.name, compared.metric)
+    verdict, said = result.verdict, f"{compared.lead} {result.reason}"
+    if compared.hindrance and math.isfinite(metric.value):
+        verdict = "inconclusive"
+        said = f"{compared.lead} nothing can be said of it, since the previous was measured on {compared.hindrance}."
+    return result.model_copy(
+        update={"gate": gate, "verdict": verdict, "reason": " ".join(filter(None, [said, compared.note]))}
+    )
+
+
 def judge(gate: Gate, candidate: str, metric: Metric) -> GateResult:
-    """The verdict of one gate on one metric. A missing end of the interval is unbounded; without either end the value
-    itself is compared; a value that is not finite always fails."""
+    """The verdict of one gate on one metric, whatever the gate is relative to. A missing end of the interval is
+    unbounded; without either end the value itself is compared; a value that is not finite always fails."""
     point = metric.low is None and metric.high is None
     low = metric.value if point else -math.inf if metric.low is None else metric.low
     high = metric.value if point else math.inf if metric.high is None else metric.high

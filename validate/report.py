@@ -27,6 +27,7 @@ __all__ = ["Candidate", "Check", "Curve", "Gate", "GateResult", "Latency", "Laye
            "ReliabilityBin", "Report", "Step", "load_report", "save_report"]  # fmt: skip
 
 Verdict = Literal["pass", "fail", "inconclusive"]
+REFERENCE_WORDS: Final = {"teacher": "the teacher's", "previous": "the previous"}
 _PROBLEMS_SHOWN = 3
 
 
@@ -140,6 +141,10 @@ class Gate(_Record):
     """A limit that candidates must keep: `metric` at least `min` and at most `max`, for every candidate whose name
     matches the glob `candidate`.
 
+    With `relative_to` the limits are not on the metric but on how it compares with a reference: the teacher's value, or
+    that of the same candidate in the last release's report. `as` says how: the `ratio` to the reference (1 is as good),
+    or the `difference` from it, in the metric's unit (0 is as good).
+
     ```yaml
     gates:
       - metric: spearman_kept
@@ -148,13 +153,21 @@ class Gate(_Record):
       - metric: latency_p99_ms
         candidate: "openvino-*"
         max: 5
+      - metric: accuracy
+        relative_to: previous
+        as: difference
+        min: -0.01
     ```
     """
+
+    model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True, validate_by_alias=True)
 
     metric: str = Field(min_length=1)
     candidate: str = Field(default="*", min_length=1)
     min: float | None = Field(default=None, allow_inf_nan=False)
     max: float | None = Field(default=None, allow_inf_nan=False)
+    relative_to: Literal["teacher", "previous"] | None = None
+    as_: Literal["ratio", "difference"] = Field(default="ratio", alias="as")
     why: str | None = None
 
     @field_validator("min", "max", mode="before")
@@ -170,18 +183,32 @@ class Gate(_Record):
             raise ValueError(f"the gate on {self.metric} needs min, max or both")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"the gate on {self.metric} has min {self.min:g} above max {self.max:g}")
+        if self.as_ == "difference" and self.relative_to is None:
+            raise ValueError(
+                f"the gate on {self.metric} has as: difference but nothing to differ from; add relative_to: teacher or "
+                "previous"
+            )
         return self
 
     @property
     def limits(self) -> str:
-        """What is asked, in words: `at least 0.98`."""
-        lower = [] if self.min is None else [f"at least {exact_number(self.min)}"]
-        upper = [] if self.max is None else [f"at most {exact_number(self.max)}"]
+        """What is asked, in words: `at least 0.98`, `at least 0.98 × the teacher's`."""
+        lower = [] if self.min is None else [f"at least {self._in_words(self.min)}"]
+        upper = [] if self.max is None else [f"at most {self._in_words(self.max)}"]
         return " and ".join(lower + upper)
+
+    def _in_words(self, limit: float) -> str:
+        if self.relative_to is None:
+            return exact_number(limit)
+        reference = REFERENCE_WORDS[self.relative_to]
+        if self.as_ == "ratio":
+            return f"{exact_number(limit)} × {reference}"
+        return f"{reference} {'−' if limit < 0 else '+'} {exact_number(abs(limit))}" if limit else reference
 
 
 class GateResult(_Record):
-    """What one gate said of one candidate; `low` and `high` are the ends of the metric's 95% interval."""
+    """What one gate said of one candidate: `observed` is the metric, or how it compares with what the gate is relative
+    to; `low` and `high` are the ends of its 95% interval."""
 
     gate: Gate
     candidate: str

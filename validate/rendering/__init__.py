@@ -8,10 +8,11 @@ from ...files import write_text
 from ..report import Report, save_report
 from .html import render_html
 from .junit import render_junit
-from .markdown import render_markdown
-from .terminal import render_table
+from .markdown import render_diff_markdown, render_gate_summary, render_markdown
+from .terminal import render_diff_table, render_table
 
-__all__ = ["render_html", "render_junit", "render_markdown", "render_table", "write_report"]
+__all__ = ["render_diff_markdown", "render_diff_table", "render_gate_summary", "render_html", "render_junit",
+           "render_markdown", "render_table", "write_report"]  # fmt: skip
 
 
 def write_report(report: Report, folder: Path) -> Path:

@@ -239,7 +239,9 @@ def gate_interval(result: GateResult) -> Markup:
         class_ = f"interval {result.verdict}"
         parts.append(line(x(min(ends)), middle, x(max(ends)), middle, class_))
         parts += [
-            line(x(end), middle - 5, x(end), middle + 5, class_) for end in (result.low, result.high) if end is not None
+            line(x(end), middle - 5, x(end), middle + 5, class_)
+            for end in (result.low, result.high)
+            if end is not None and math.isfinite(end)
         ]
     if result.observed is not None and math.isfinite(result.observed):
         parts.append(element("circle", cx=x(result.observed), cy=middle, r=4.5, class_=f"observed {result.verdict}"))

@@ -1,16 +1,23 @@
-"""The report as Markdown, fit for a comment on a pull request: verdict and gates in sight, the rest folded away."""
+"""Markdown for pull requests: a report with verdict and gates in sight and the rest folded away, the gates alone, and
+what changed between two reports."""
 
 from __future__ import annotations
 
 import html
 import re
+import urllib.parse
 from collections.abc import Iterable, Sequence
 
+from ..diff import CandidateDiff, ReportDiff
 from ..report import GateResult, Report, Verdict, short_number
+from .changes import alone, cells, diff_summary, diff_verdict, equal_text, unequal
 from .figures import VERDICT_WORDS, Column, columns, plain, summary
 from .training import ends, likeness
 
 _ICONS: dict[Verdict | None, str] = {"pass": "✅", "fail": "❌", "inconclusive": "❔", None: "➖"}
+_MEANING_ICONS = {"better": "✅ ", "worse": "❌ ", "not comparable": "⚠️ "}
+_CHANGE_HEADINGS = ("Figure", "Old", "New", "Change (95% interval)", "Means")
+_WORST_FIRST: tuple[Verdict, ...] = ("fail", "inconclusive", "pass")
 _SPECIAL = re.compile(r"([\\`*_\[\]|~$])")
 
 
@@ -125,3 +132,53 @@ def _metrics(report: Report) -> str:
 def _environment(report: Report) -> str:
     rows = [[_escape(key), _escape(value)] for key, value in plain(report.environment) if key]
     return _table(["Fact", "Value"], rows, numbers_from=2) if rows else ""
+
+
+def render_gate_summary(report: Report, page: str | None = None) -> str:
+    """The verdict, then a row a gate, those that failed first: what a job's summary has room for.
+
+    Args:
+        page: where the whole report can be seen, relative to where this text will lie.
+    """
+    ordered = sorted(report.gates, key=lambda result: _WORST_FIRST.index(result.verdict))
+    blocks = [
+        f"## {_ICONS[report.verdict]} {VERDICT_WORDS[report.verdict]}: {_escape(report.title)}",
+        _escape(summary(report)),
+        _gates(ordered),
+        _failed_checks(report),
+        f"[The whole report]({urllib.parse.quote(page)})" if page else "",
+    ]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def render_diff_markdown(diff: ReportDiff) -> str:
+    """What changed between two reports, fit for a comment on a pull request."""
+    differences = [
+        f"- **{_escape(item.topic)}**: {_escape(item.old)} → {_escape(item.new)}"
+        + (f" ({_escape(item.effect)})" if item.effect else "")
+        for item in diff.differences
+    ]
+    only = [f"### {title}\n\n" + "\n".join(f"- {_escape(line)}" for line in lines) for title, lines in alone(diff)]
+    titles = f"{_escape(diff.old.title)} ({_escape(diff.old.created)}) → {_escape(diff.new.title)}"
+    blocks = [
+        f"## {_ICONS[diff.new.verdict]} {diff_verdict(diff)}: {diff_summary(diff)}",
+        f"{titles} ({_escape(diff.new.created)})",
+        "\n".join(differences),
+        *(_changes(item) for item in diff.candidates),
+        *only,
+    ]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _changes(candidate: CandidateDiff) -> str:
+    rows = []
+    for row in unequal(candidate):
+        name, old, new, change, meaning = cells(row)
+        rows.append([_escape(name), old, new, change, _MEANING_ICONS.get(row.meaning, "") + meaning])
+    blocks = [
+        f"### {_escape(candidate.name)}",
+        f"> **Note:** {_escape(candidate.note)}" if candidate.note else "",
+        _table(_CHANGE_HEADINGS, rows, numbers_from=1) if rows else "",
+        _escape(equal_text(candidate)),
+    ]
+    return "\n\n".join(block for block in blocks if block)

@@ -1,4 +1,5 @@
-"""The report as a table for a terminal: the teacher first, candidates under it, then the gates and the verdict."""
+"""Tables for a terminal: a report (the teacher first, candidates under it, then the gates and the verdict), and what
+changed between two."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
+from ..diff import CandidateDiff, ReportDiff
 from ..report import GateResult, Report, Verdict
+from .changes import alone, cells, diff_summary, diff_verdict, equal_text, unequal
 from .figures import VERDICT_WORDS, Column, columns, summary
 
 _ICONS: dict[Verdict | None, str] = {"pass": "✔", "fail": "✘", "inconclusive": "?", None: "–"}
@@ -19,6 +22,7 @@ _STYLES: dict[Verdict | None, str] = {
     "inconclusive": "bold yellow",
     None: "bold",
 }
+_MEANING_STYLES = {"better": "bold green", "worse": "bold red", "not comparable": "yellow", "equal": "dim"}
 _NAME_WIDTH = 20
 # a terminal obeys these: a name in a report could otherwise recolour it, or rewrite what was printed
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -97,3 +101,36 @@ def _gates(results: list[GateResult]) -> Table:
         gate = _text(f"{result.gate.metric} {result.gate.limits}")
         table.add_row(_verdict(result.verdict), gate, _text(result.candidate), _text(result.reason))
     return table
+
+
+def render_diff_table(diff: ReportDiff) -> RenderableType:
+    """What `limbeck diff` prints: what makes figures incomparable first, a table a candidate, then what only one report
+    has. Text from the reports is never read as markup."""
+    parts: list[RenderableType] = []
+    for found in diff.differences:
+        effect = f" ({found.effect})" if found.effect else ""
+        parts.append(Text.assemble(("! ", "yellow"), _text(f"{found.topic}: {found.old} → {found.new}{effect}")))
+    for item in diff.candidates:
+        parts += _changes(item)
+    for title, lines in alone(diff):
+        parts.append(Text.assemble((title, "bold"), *(_text(f"\n  {line}") for line in lines)))
+    verdict = Text(f"{_ICONS[diff.new.verdict]} {diff_verdict(diff)}", style=_STYLES[diff.new.verdict])
+    parts.append(Text.assemble(verdict, f"  {diff_summary(diff)}"))
+    return Group(*parts)
+
+
+def _changes(candidate: CandidateDiff) -> list[RenderableType]:
+    title = _text(candidate.name, "bold")
+    if candidate.note:
+        title.append_text(_text(f"\n{candidate.note}", "not bold"))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("Figure", overflow="fold", min_width=18)
+    for heading in ("Old", "New", "Change (95% interval)"):
+        table.add_column(heading, justify="right")
+    table.add_column("Means", overflow="fold")
+    shown = unequal(candidate)
+    for row in shown:
+        *words, meaning = cells(row)
+        table.add_row(*map(_text, words), _text(meaning, _MEANING_STYLES.get(row.meaning, "")))
+    equal = equal_text(candidate)
+    return [title, *([table] if shown else []), *([_text(f"{equal}\n", "dim")] if equal else [])]

@@ -1,0 +1,131 @@
+"""What two reports differ in beside their figures, and which figures cannot be compared because of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from .report import Candidate, Report
+
+_FINGERPRINT = re.compile(r"\bfingerprint ([0-9a-f]+)")
+_OF_THE_MACHINE = ("latency_", "speedup_", "cold_start_", "peak_memory_", "energy_")
+_OF_THE_ARTIFACT = ("size_mb", "parameters")
+_CPU_FACTS = ("name", "cpus", "instruction_sets")
+
+
+class Difference(BaseModel):
+    """One thing beside the figures in which two reports differ; `effect` says what that makes of the figures."""
+
+    model_config = ConfigDict(frozen=True)
+
+    topic: str
+    old: str
+    new: str
+    effect: str = ""
+
+
+@dataclass(frozen=True)
+class Comparability:
+    """Which figures of `new` can be held against those of `old`."""
+
+    old: Report
+    new: Report
+
+    def differences(self) -> list[Difference]:
+        """What makes figures incomparable first, then what may explain a change."""
+        return [*self._of_data(), *self._of_the_machine(), *self._of_the_teacher(), *self._of_versions(),
+                *_told("command", self.old.command, self.new.command)]  # fmt: skip
+
+    def hindrance(self, metric: str, old: Candidate, new: Candidate) -> str | None:
+        """Why this metric of two candidates cannot be compared (`other data`), or `None`."""
+        if metric in _OF_THE_ARTIFACT:
+            return None
+        if metric.startswith(_OF_THE_MACHINE):
+            other_call = bool(old.latencies and new.latencies) and _call_of(old) != _call_of(new)
+            return self.other_machine or ("other sizes or threads" if other_call else None)
+        return "other data" if self._other_data else None
+
+    @property
+    def other_machine(self) -> str | None:
+        """`another CPU` where times cannot be compared, or `None`."""
+        if _cpu(self.old) != _cpu(self.new):
+            return "another CPU"
+        return "another GPU" if _gpus(self.old) != _gpus(self.new) else None
+
+    @property
+    def _other_data(self) -> bool:
+        return _fingerprints(self.old.data) != _fingerprints(self.new.data)
+
+    def _of_data(self) -> Iterator[Difference]:
+        if self._other_data:
+            old, new = ("; ".join(report.data) or "none" for report in (self.old, self.new))
+            yield Difference(topic="data", old=old, new=new, effect="quality cannot be compared")
+
+    def _of_the_machine(self) -> Iterator[Difference]:
+        effect = "times and memory cannot be compared"
+        yield from _told("CPU", _cpu_words(_cpu(self.old)), _cpu_words(_cpu(self.new)), effect)
+        yield from _told("GPU", _listed(_gpus(self.old)), _listed(_gpus(self.new)), effect)
+        effect = "only times with the same threads are compared"
+        yield from _told("threads", _listed(_threads(self.old)), _listed(_threads(self.new)), effect)
+
+    def _of_the_teacher(self) -> Iterator[Difference]:
+        old, new = self.old.teacher, self.new.teacher
+        if old and new and (old.path, old.parameters) != (new.path, new.parameters):
+            was, now = (f"{side.path}, {side.parameters or 0:,} parameters" for side in (old, new))
+            yield from _told("teacher", was, now, "agreement and what is kept are to another model")
+
+    def _of_versions(self) -> Iterator[Difference]:
+        old, new = (_mapping(report.environment, "versions") for report in (self.old, self.new))
+        changed = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
+        was, now = (", ".join(f"{name} {side.get(name, 'absent')}" for name in changed) for side in (old, new))
+        yield from _told("versions", was, now)
+
+
+def _told(topic: str, old: str, new: str, effect: str = "") -> Iterator[Difference]:
+    if old != new:
+        yield Difference(topic=topic, old=old or "unknown", new=new or "unknown", effect=effect)
+
+
+def _fingerprints(data: Iterable[str]) -> set[str]:
+    """A data set's fingerprint stands for it: a file that was only renamed is the same data."""
+    return {found.group(1) if (found := _FINGERPRINT.search(line)) else line for line in data}
+
+
+def _mapping(value: Any, key: str) -> dict[str, Any]:
+    """A report is anybody's: what should be a mapping may be something else."""
+    found = value.get(key) if isinstance(value, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _cpu(report: Report) -> dict[str, Any]:
+    facts = _mapping(report.environment, "cpu")
+    return {key: facts[key] for key in _CPU_FACTS if key in facts}
+
+
+def _cpu_words(facts: dict[str, Any]) -> str:
+    sets = facts.get("instruction_sets")
+    words = [str(facts.get("name", "")), f"{facts['cpus']} CPUs" if "cpus" in facts else ""]
+    return ", ".join(filter(None, [*words, " ".join(map(str, sets)) if isinstance(sets, list) else ""]))
+
+
+def _gpus(report: Report) -> list[str]:
+    found = report.environment.get("gpus")
+    return [str(gpu.get("name") if isinstance(gpu, dict) else gpu) for gpu in found] if isinstance(found, list) else []
+
+
+def _threads(report: Report) -> list[int]:
+    return sorted({latency.threads for candidate in report.measured for latency in candidate.latencies})
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values)) or "none"
+
+
+def _call_of(candidate: Candidate) -> tuple[int, int, int]:
+    """Sizes and threads of the call that the metrics of time and memory are about."""
+    first = candidate.latencies[0]
+    return first.batch_size, first.sequence_length, first.threads
