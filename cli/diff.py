@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 
 from .options import existing, json_option
@@ -10,7 +12,7 @@ EXAMPLES = """
 \b
 Examples:
   limbeck diff release-1/report.json report
-  limbeck diff old-report report --markdown > changes.md
+  limbeck diff old-report report --markdown
 """
 
 
@@ -35,7 +37,7 @@ def command(old: str, new: str, markdown: bool, as_json: bool) -> None:
         raise UsageError("--markdown and --json cannot both be printed.", "Give one of them.")
     found = compare_reports(load_report(existing(old)), load_report(existing(new)))
     if as_json:
-        print_json(found.model_dump(mode="json"))
+        print_json(json.loads(found.model_dump_json()))  # which knows figures that are not finite
     elif markdown:
         show(render_diff_markdown(found).rstrip("\n"))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def command(
     if "--markdown" in files:
         write_text(files["--markdown"], render_gate_summary(judged, _page(Path(report), files["--markdown"])))
     if as_json:
-        print_json({"verdict": judged.verdict, "gates": [result.model_dump(mode="json") for result in judged.gates]})
+        # through pydantic's own JSON, which knows figures that are not finite
+        print_json({"verdict": judged.verdict, "gates": json.loads(judged.model_dump_json(include={"gates"}))["gates"]})
     else:
         show(render_table(judged))
     raise_for_verdict(judged)

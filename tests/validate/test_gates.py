@@ -151,7 +151,7 @@ def test_gates_are_read_from_a_list_or_under_a_key(tmp_path: Path, text: str) ->
         ("- [", "not valid YAML.*line 1"),
         (
             "- {metric: a, min: 1}\n- {metric: a, minn: 1}",
-            "line 2: 'minn' is not a key.*metric, candidate, min, max, why",
+            "line 2: 'minn' is not a key.*metric, candidate, min, max, relative_to, as, why",
         ),
         ("- metric: a", "line 1: .*needs min, max or both"),
         ("- {metric: a, min: 2, max: 1}", "min 2 above max 1"),
@@ -163,6 +163,10 @@ def test_gates_are_read_from_a_list_or_under_a_key(tmp_path: Path, text: str) ->
         ("gate:\n- {metric: a, min: 1}", "'gate' at its top.*'gates'"),
         ("- accuracy > 0.9", "line 1: a gate is a mapping"),
         ("- 2024-99-99", "not valid YAML"),
+        ("- {metric: a, min: 1, relative_to: student}", "relative_to: .*'teacher' or 'previous'"),
+        ("- {metric: a, min: 1, relative_to: teacher, as: share}", "as: .*'ratio' or 'difference'"),
+        ("- {metric: a, min: 1, as_: ratio}", "'as_' is not a key"),
+        ("- {metric: a, min: 1, as: difference}", "nothing to differ from; add relative_to"),
     ],
 )
 def test_a_faulty_gate_is_named_with_what_is_valid(tmp_path: Path, text: str, words: str) -> None:

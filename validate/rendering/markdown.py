@@ -164,7 +164,7 @@ def render_diff_markdown(diff: ReportDiff) -> str:
         f"## {_ICONS[diff.new.verdict]} {diff_verdict(diff)}: {diff_summary(diff)}",
         f"{titles} ({_escape(diff.new.created)})",
         "\n".join(differences),
-        *(_changes(item) for item in diff.candidates),
+        *(_changes(item) for item in diff.candidates if item.rows),
         *only,
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"

@@ -111,7 +111,7 @@ def render_diff_table(diff: ReportDiff) -> RenderableType:
         effect = f" ({found.effect})" if found.effect else ""
         parts.append(Text.assemble(("! ", "yellow"), _text(f"{found.topic}: {found.old} → {found.new}{effect}")))
     for item in diff.candidates:
-        parts += _changes(item)
+        parts += _changes(item) if item.rows else []
     for title, lines in alone(diff):
         parts.append(Text.assemble((title, "bold"), *(_text(f"\n  {line}") for line in lines)))
     verdict = Text(f"{_ICONS[diff.new.verdict]} {diff_verdict(diff)}", style=_STYLES[diff.new.verdict])
