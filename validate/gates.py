@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from ..errors import GateFailed, GateInconclusive, InputError
 from .report import Candidate, Gate, GateResult, Metric, Report, Verdict, describe_problems, exact_number, short_number
+from .slice_gates import judge_slices
 
 __all__ = ["Gate", "GateResult", "apply_gates", "judge", "load_gates", "raise_for_verdict"]
 
@@ -91,11 +92,14 @@ def apply_gates(report: Report, gates: Sequence[Gate]) -> list[GateResult]:
         InputError: a gate that would hold nothing: its glob matches no candidate, or none that has its metric.
     """
     gated = [candidate for candidate in report.candidates if not candidate.baseline]
-    return [
-        judge(gate, candidate.name, metric)
-        for gate in gates
-        for candidate, metric in _with_metric(gate, _matching(gate, gated))
-    ]
+    results = []
+    for gate in gates:
+        matching = _matching(gate, gated)
+        if gate.slice is not None:
+            results += judge_slices(gate, matching, judge)
+        else:
+            results += [judge(gate, candidate.name, metric) for candidate, metric in _with_metric(gate, matching)]
+    return results
 
 
 def _matching(gate: Gate, candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -222,7 +226,7 @@ def raise_for_verdict(report: Report) -> None:
 
 def _said(result: GateResult) -> str:
     """Its name: what was observed stands in the table above the error, and in the report."""
-    return f"{result.gate.metric} of {result.candidate}."
+    return f"{result.gate.metric} of {result.candidate}{f' on {result.slice}' if result.slice else ''}."
 
 
 def _counted(lines: list[str]) -> str:

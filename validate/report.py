@@ -23,11 +23,15 @@ from ..models.lineage import Curve, LayerSimilarity, LayerWidths, Step
 SCHEMA_VERSION: Final = 1
 REPORT_FILE = "report.json"
 
-__all__ = ["Candidate", "Check", "Curve", "Gate", "GateResult", "Latency", "LayerSimilarity", "LayerWidths", "Metric",
-           "ReliabilityBin", "Report", "Step", "load_report", "save_report"]  # fmt: skip
+__all__ = ["Candidate", "ChangedExample", "Check", "Curve", "Gate", "GateResult", "Latency", "LayerSimilarity",
+           "LayerWidths", "Metric", "ReliabilityBin", "Report", "Slice", "Step", "load_report",
+           "save_report"]  # fmt: skip
 
 Verdict = Literal["pass", "fail", "inconclusive"]
+SliceKind = Literal["file", "column", "length", "perturbed"]
 _PROBLEMS_SHOWN = 3
+FEWEST_IN_A_SLICE = 30
+"""Examples below which the figures of a slice are too uncertain to pass a gate."""
 
 
 class _Record(BaseModel):
@@ -112,6 +116,40 @@ class ReliabilityBin(_Record):
     count: int = Field(ge=0)
 
 
+class Slice(_Record):
+    """A part of the rows, or rows beside them, with metrics of its own: those of the whole, and for perturbed rows
+    `invariance`. `note` says what of it cannot be judged, and why."""
+
+    name: str
+    kind: SliceKind
+    count: int = Field(ge=0)
+    """Examples: rows, or windows where long texts are cut into some."""
+    metrics: list[Metric] = []
+    note: str | None = None
+
+    def metric(self, name: str) -> Metric | None:
+        """The metric of that name, or `None`."""
+        return next((metric for metric in self.metrics if metric.name == name), None)
+
+    @property
+    def too_small(self) -> bool:
+        """Whether it has too few examples to be judged by."""
+        return self.count < FEWEST_IN_A_SLICE
+
+
+class ChangedExample(_Record):
+    """An example that the candidate answers far from how the teacher does. `row` counts from 1 in the data file;
+    `distance` is in the unit that `measure` names; `text` is cut."""
+
+    row: int = Field(ge=1)
+    text: str
+    label: str | None = None
+    teacher: str
+    candidate: str
+    distance: float
+    measure: str
+
+
 class Candidate(_Growing):
     """One thing that was measured. `unverified` says in words what was never tried ("never run on a GPU")."""
 
@@ -130,6 +168,9 @@ class Candidate(_Growing):
     checks: list[Check] = []
     latencies: list[Latency] = []
     reliability: list[ReliabilityBin] = []
+    slices: list[Slice] = []
+    changed: list[ChangedExample] = []
+    """The examples whose answers left the teacher's furthest, the furthest first."""
 
     def metric(self, name: str) -> Metric | None:
         """The metric of that name, or `None`."""
@@ -138,7 +179,7 @@ class Candidate(_Growing):
 
 class Gate(_Record):
     """A limit that candidates must keep: `metric` at least `min` and at most `max`, for every candidate whose name
-    matches the glob `candidate`.
+    matches the glob `candidate`; with `slice`, on every slice whose name matches that glob, else on the whole.
 
     ```yaml
     gates:
@@ -148,11 +189,15 @@ class Gate(_Record):
       - metric: latency_p99_ms
         candidate: "openvino-*"
         max: 5
+      - metric: accuracy_kept
+        slice: typos
+        min: 0.95
     ```
     """
 
     metric: str = Field(min_length=1)
     candidate: str = Field(default="*", min_length=1)
+    slice: str | None = Field(default=None, min_length=1)
     min: float | None = Field(default=None, allow_inf_nan=False)
     max: float | None = Field(default=None, allow_inf_nan=False)
     why: str | None = None
@@ -181,10 +226,12 @@ class Gate(_Record):
 
 
 class GateResult(_Record):
-    """What one gate said of one candidate; `low` and `high` are the ends of the metric's 95% interval."""
+    """What one gate said of one candidate, or of one `slice` of it; `low` and `high` are the ends of the metric's 95%
+    interval."""
 
     gate: Gate
     candidate: str
+    slice: str | None = None
     observed: float | None
     low: float | None = None
     high: float | None = None

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from ..report import GateResult, Report, Verdict, short_number
 from .figures import VERDICT_WORDS, Column, columns, plain, summary
+from .slices import slice_tables
 from .training import ends, likeness
 
 _ICONS: dict[Verdict | None, str] = {"pass": "✅", "fail": "❌", "inconclusive": "❔", None: "➖"}
@@ -24,6 +25,7 @@ def render_markdown(report: Report) -> str:
         _gates(report.gates),
         _failed_checks(report),
         *(f"> **Note:** {_escape(note)}" for note in report.notes),
+        *(_folded(t.title, _table(t.headings, t.cells(_escape), numbers_from=9)) for t in slice_tables(report)),
         _folded("Steps", _steps(report)),
         _folded("Every metric", _metrics(report)),
         _folded("Environment", _environment(report)),
