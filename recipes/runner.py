@@ -88,10 +88,10 @@ class RecipeRun:
     def _refuse_early(self, folders: Mapping[str, Path]) -> None:
         """What cannot work is said before anything is trained: a backend that is not here, data without its columns, an
         objective that does not exist, a metric that nothing gives."""
-        from ..validate.slices import check_builtin
         from .precision_choice import refuse_untimed
 
-        check_builtin(self.recipe.slices.builtin, self.recipe.task)
+        if not folders["measurement"].exists():
+            self._refuse_slices()
         for export in self.recipe.exports:
             if not folders[export.name].exists():
                 backend_for(export.settings())
@@ -109,6 +109,13 @@ class RecipeRun:
                 self._data(source)
         for stage in to_do:
             self._refuse_training(stage)
+
+    def _refuse_slices(self) -> None:
+        from ..validate.slices import check_builtin, values_by_row
+
+        check_builtin(self.recipe.slices.builtin, self.recipe.task)
+        for column in self.recipe.slices.by:
+            values_by_row(self._data(self.recipe.data.validation), column)
 
     def _refuse_training(self, stage: Stage) -> None:
         from ..distill.objectives import build_objectives

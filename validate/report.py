@@ -197,10 +197,10 @@ class Gate(_Record):
 
     metric: str = Field(min_length=1)
     candidate: str = Field(default="*", min_length=1)
-    slice: str | None = Field(default=None, min_length=1)
     min: float | None = Field(default=None, allow_inf_nan=False)
     max: float | None = Field(default=None, allow_inf_nan=False)
     why: str | None = None
+    slice: str | None = Field(default=None, min_length=1)
 
     @field_validator("min", "max", mode="before")
     @classmethod

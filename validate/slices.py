@@ -123,19 +123,26 @@ def _rows_part(standard: Standard, chosen: np.ndarray, name: str, kind: Any) -> 
 
 
 def _by_value(standard: Standard, column: str) -> Iterator[SliceStandard]:
-    values = [_value_name(value, column, standard.data) for value in standard.data.values_of_column(column)]
-    names = sorted(set(values))
-    if len(names) > MOST_VALUES:
-        raise InputError(
-            f"The column {column!r} of {standard.data.source} has {len(names)} values; slices are made of at most "
-            f"{MOST_VALUES}.",
-            "Slice by a column with fewer values, or make one of ranges.",
-        )
-    array = np.array(values, dtype=object)
-    for name in names:
-        chosen = array == name
+    values = np.array(values_by_row(standard.data, column), dtype=object)
+    for name in sorted(set(values)):
+        chosen = values == name
         if chosen[standard.rows].any():  # a row of text too short for a window has no example
             yield _rows_part(standard, chosen, f"{column}={name}", "column")
+
+
+def values_by_row(data: Data, column: str) -> list[str]:
+    """A column's value in every row, as slices are named after it.
+
+    Raises:
+        InputError: values that are neither text nor numbers, or more than 20 different ones.
+    """
+    values = [_value_name(value, column, data) for value in data.values_of_column(column)]
+    if (count := len(set(values))) > MOST_VALUES:
+        raise InputError(
+            f"The column {column!r} of {data.source} has {count} values; slices are made of at most {MOST_VALUES}.",
+            "Slice by a column with fewer values, or make one of ranges.",
+        )
+    return values
 
 
 def _value_name(value: Any, column: str, data: Data) -> str:

@@ -25,7 +25,7 @@ def render_markdown(report: Report) -> str:
         _gates(report.gates),
         _failed_checks(report),
         *(f"> **Note:** {_escape(note)}" for note in report.notes),
-        *(_folded(t.title, _table(t.headings, t.cells(_escape), numbers_from=9)) for t in slice_tables(report)),
+        *(_folded(t.title, _table(t.headings, t.rows, numbers_from=9)) for t in slice_tables(report, _escape)),
         _folded("Steps", _steps(report)),
         _folded("Every metric", _metrics(report)),
         _folded("Environment", _environment(report)),

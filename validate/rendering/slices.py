@@ -58,15 +58,11 @@ class SliceMap:
 
 
 class PlainTable(NamedTuple):
-    """A table of plain text, with the words over it."""
+    """A table of text, with the words over it."""
 
     title: str
     headings: list[str]
     rows: list[list[str]]
-
-    def cells(self, escape: Callable[[str], str]) -> list[list[str]]:
-        """The rows as a markup's escaping makes them."""
-        return [[escape(text) for text in row] for row in self.rows]
 
 
 def slice_map(report: Report) -> SliceMap | None:
@@ -77,7 +73,8 @@ def slice_map(report: Report) -> SliceMap | None:
         return None
     parts = {part.name: part for candidate in sliced for part in candidate.slices}
     measured = [{part.name: part for part in [*candidate.slices, _whole(candidate)]} for candidate in sliced]
-    full = max([_LEAST_FULL, *(_loss(_kept(part, metric)) for each in measured for part in each.values())])
+    judged = [part for each in measured for part in each.values() if not part.too_small]
+    full = max([_LEAST_FULL, *(_loss(_kept(part, metric)) for part in judged)])
     rows = []
     for part in [_whole(sliced[0]), *parts.values()]:
         cells = [_cell(each.get(part.name), metric, full) for each in measured]
@@ -113,8 +110,13 @@ def changed_examples(report: Report) -> list[Candidate]:
     return [candidate for candidate in report.candidates if candidate.changed]
 
 
-def slice_tables(report: Report) -> Iterator[PlainTable]:
-    """The slices, and the examples that changed most, as tables of text that is not escaped yet."""
+def slice_tables(report: Report, escape: Callable[[str], str]) -> Iterator[PlainTable]:
+    """The slices, and the examples that changed most, as tables in the markup that `escape` makes of a text."""
+    for title, headings, rows in _plain_tables(report):
+        yield PlainTable(title, [*map(escape, headings)], [[*map(escape, row)] for row in rows])
+
+
+def _plain_tables(report: Report) -> Iterator[PlainTable]:
     found = slice_map(report)
     if found is not None:
         headings = ["Slice", "Examples", *found.candidates, "Note"]
@@ -194,7 +196,7 @@ def _cell(part: Slice | None, metric: str, full: float) -> Cell | None:
     kept = _kept(part, metric) if part is not None else None
     if part is None or kept is None:
         return None
-    return Cell(kept, part.too_small, math.sqrt(_loss(kept) / full), _moved(part))
+    return Cell(kept, part.too_small, math.sqrt(min(_loss(kept) / full, 1.0)), _moved(part))
 
 
 def _moved(part: Slice) -> str:
