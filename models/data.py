@@ -71,8 +71,15 @@ class Data:
         return list(self.rows[name])
 
     def values_of_column(self, column: str) -> list[Any]:
-        """The values, in order, of a column by its name in the file: one that a field was read from, or was kept."""
-        return self.values(next((name for name, read in self.columns.items() if read == column), _KEPT.format(column)))
+        """The values, in order, of a column by its name in the file: one that a field was read from, or was kept.
+
+        Raises:
+            UsageError: it was not kept when the file was read.
+        """
+        name = next((name for name, read in self.columns.items() if read == column), _KEPT.format(column))
+        if name not in self.rows.column_names:
+            raise UsageError(f"The column {column!r} of {self.source} was not kept when it was read.")
+        return self.values(name)
 
     def head(self, count: int | None) -> Data:
         """The first `count` rows (all when `None`)."""

@@ -154,6 +154,8 @@ def test_kept_columns_change_neither_fields_nor_hashes(sentiment: Slicing) -> No
     assert kept.columns == bare.columns and kept.fingerprint == bare.fingerprint
     assert kept.values("text") == bare.values("text")
     assert kept.head(3).values_of_column("text") == [0, 1, 0]
+    with pytest.raises(UsageError, match=r"'topic' of .* was not kept"):
+        bare.values_of_column("topic")
     assert kept.head(3).values_of_column("sentence") == bare.head(3).values("text")
 
 
