@@ -5,7 +5,7 @@ CheckList's invariance tests (Ribeiro et al. 2020), with an interval instead of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -44,12 +44,16 @@ def _cosines(ours: np.ndarray, theirs: np.ndarray) -> Iterator[MetricDraft]:
 
 
 def _perplexities(ours: np.ndarray, theirs: np.ndarray) -> Iterator[MetricDraft]:
-    """Sums [rows, 4] of either side, as `_sums` gives them."""
+    """Sums [rows, 3] of either side, as `_sums` gives them.
+
+    Both perplexities are by the tokens of the unperturbed text: a text in capitals falls into more tokens, each easier
+    to guess.
+    """
     paired, n = np.hstack([ours, theirs]), len(ours)
-    told = "perplexity without the perturbation over that with it"
+    told = "perplexity without the perturbation over that with it, both a token of the unperturbed text"
     yield MetricDraft("invariance", told, ours, _kept, by_bootstrap, n, teacher=_kept(theirs))
     yield MetricDraft(
-        "invariance_difference", _DIFFERENCE, paired, lambda rows: _kept(rows) - _kept(rows[:, 4:]), by_bootstrap, n
+        "invariance_difference", _DIFFERENCE, paired, lambda rows: _kept(rows) - _kept(rows[:, 3:]), by_bootstrap, n
     )
 
 
@@ -65,9 +69,9 @@ def _difference(rows: np.ndarray) -> float:
 
 
 def _kept(rows: np.ndarray) -> float:
-    tokens, nll, moved_tokens, moved_nll = rows[:, :4].sum(axis=0)
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # infinite where it overflows
-        return float(np.exp(nll / tokens - moved_nll / moved_tokens))
+    tokens, nll, moved_nll = rows[:, :3].sum(axis=0)
+    with np.errstate(over="ignore"):  # infinite where it overflows
+        return float(np.exp((nll - moved_nll) / tokens))
 
 
 def _same(side: Moved) -> np.ndarray:
@@ -86,11 +90,12 @@ def _cosine(side: Moved) -> np.ndarray:
 
 
 def _sums(side: Moved, places: Places) -> np.ndarray:
-    """Of every row that both have: its scored tokens and their negative log-likelihood, as it is and perturbed."""
+    """Of every row that both have: its scored tokens without the perturbation, and its negative log-likelihood without
+    and with it, float [rows, 3]."""
     count = 1 + max(int(rows.max()) for rows in places)
-    columns = []
-    for answers, rows in zip(side, places, strict=True):
-        for of in (len, np.sum):
-            columns.append(np.bincount(rows, weights=[float(of(nll)) for nll in answers["nll"]], minlength=count))
-    sums = np.column_stack(columns)
-    return sums[(sums[:, 0] > 0) & (sums[:, 2] > 0)]
+
+    def summed(which: int, of: Callable[[np.ndarray], float]) -> np.ndarray:
+        return np.bincount(places[which], weights=[float(of(nll)) for nll in side[which]["nll"]], minlength=count)
+
+    both = (summed(0, len) > 0) & (summed(1, len) > 0)
+    return np.column_stack([summed(0, len), summed(0, np.sum), summed(1, np.sum)])[both]

@@ -17,6 +17,7 @@ from limbeck.models.checkpoint import Checkpoint, load_checkpoint
 from limbeck.models.data import Data
 from limbeck.validate import changed as changed_module
 from limbeck.validate.changed import SHOWN
+from limbeck.validate.invariance import invariance_drafts
 from limbeck.validate.measurement import Standard, measure_checkpoint, set_standard
 from limbeck.validate.perturbations import PERTURBATIONS
 from limbeck.validate.report import Candidate, Slice
@@ -216,6 +217,23 @@ def test_invariance_is_the_share_of_answers_that_stay(sentiment: Slicing) -> Non
     after = set_standard(sentiment.student, standard.slices[0].standard.data).predictions["logits"].argmax(axis=1)
     assert metric is not None and metric.value == pytest.approx(np.mean(before == after))
     assert metric.count == 65
+
+
+def test_perplexities_are_compared_by_the_same_tokens() -> None:
+    """Twice the tokens, each half as hard, are no gain; nor is a window more of the same row."""
+
+    def answers(*nll: list[float]) -> dict[str, np.ndarray]:
+        rows = np.empty(len(nll), dtype=object)
+        rows[:] = [np.array(each) for each in nll]
+        return {"nll": rows}
+
+    plain, split = answers([2.0, 2.0], [4.0]), answers([1.0] * 4, [2.0], [2.0], [9.0])
+    harder = answers([1.0] * 4, [4.0], [3.0], [9.0])
+    places = np.array([0, 2]), np.array([0, 2, 2, 3])  # row 1 has no tokens; row 3 had none before
+    found = invariance_drafts("text-generation", (plain, split), (plain, harder), places)
+    invariance, difference = (draft.point for draft in found)
+    assert invariance == pytest.approx(np.exp(-3 / 3))
+    assert difference == pytest.approx(np.exp(-1) - 1)
 
 
 def test_a_candidate_that_is_the_teacher_moves_as_the_teacher_does(novel: Slicing) -> None:
