@@ -168,6 +168,9 @@ def test_lengths_part_the_examples(task: str, request: pytest.FixtureRequest) ->
     positions = np.concatenate([part.positions for part in standard.slices if part.positions is not None])
     assert sorted(positions) == list(range(whole))
     assert all(part.count > 0 and part.kind == "length" for part in standard.slices)
+    for part in standard.slices if task == "pairs" else ():  # both texts of a pair, in the same order
+        first, second = part.standard.rows.reshape(2, -1)
+        assert first.tolist() == second.tolist()
     ends = [part.name.removeprefix("length ") for part in standard.slices]
     assert ("beyond 20" in ends) == (task != "novel")
     bounds = [tuple(map(int, end.split("-"))) for end in ends if end != "beyond 20"]
