@@ -13,6 +13,8 @@ EXAMPLES = """
 Examples:
   limbeck validate artifact --teacher ./model --data heldout.jsonl --out report
   limbeck validate artifact --teacher ./model --data pairs.csv --gates gates.yaml --out report
+  limbeck validate artifact --teacher ./model --data heldout.jsonl --slices length,typos --slice-by topic \
+    --slice long=long.jsonl --out report
 """
 
 
@@ -23,6 +25,13 @@ Examples:
     "--data", required=True, metavar="FILE", help="Held-out examples; with labels or scores where there are any."
 )
 @click.option("--gates", metavar="FILE", help="YAML with limits; their verdict is the exit code.")
+@click.option(
+    "--slice", "slice_files", multiple=True, metavar="NAME=FILE", help="Other examples to measure on their own as well."
+)
+@click.option("--slice-by", multiple=True, metavar="COLUMN", help="One slice for each value of a column of --data.")
+@click.option(
+    "--slices", "builtin", multiple=True, metavar="NAMES", help="Of length, typos, case, punctuation, unicode."
+)
 @click.option("--latency/--no-latency", default=True, help="Time teacher and artifacts side by side.  [default: on]")
 @click.option("--batch-size", type=int, help="Of the timed call.  [default: 1]")
 @click.option("--sequence-length", type=int, help="Of the timed call, in tokens.  [default: 128]")
@@ -34,7 +43,8 @@ Examples:
 @out_options
 @json_option
 def command(
-    artifacts: tuple[str, ...], teacher: str, data: str, gates: str | None, latency: bool, samples: int | None,
+    artifacts: tuple[str, ...], teacher: str, data: str, gates: str | None, slice_files: tuple[str, ...],
+    slice_by: tuple[str, ...], builtin: tuple[str, ...], latency: bool, samples: int | None,
     task: str | None, trust_remote_code: bool, columns: tuple[str, ...], out: str, overwrite: bool, as_json: bool,
     **settings: object,
 ) -> None:  # fmt: skip
@@ -48,6 +58,7 @@ def command(
 
     limits = load_gates(existing(gates)) if gates else []
     check_output_folder(Path(out), overwrite)
+    others = {name: str(existing(file)) for name, file in pairs(slice_files, "--slice").items()}
     folders = {Path(artifact).name: existing(artifact) for artifact in artifacts}
     with working() as progress:
         progress.say("loading")
@@ -55,11 +66,18 @@ def command(
         from ..recipes.steps import validate
         from ..validate.latency import BenchSettings
         from ..validate.rendering import render_table, write_report
+        from ..validate.slices import SlicesAsked
 
         timing = checked(BenchSettings, settings) if latency else None
         loaded = load_checkpoint(teacher, task, trust_remote_code)
-        rows = loaded.read(data, pairs(columns, "--column")).head(samples)
-        report = validate(folders, loaded, rows, gates=limits, latency=timing, progress=progress)
+        fields = pairs(columns, "--column")
+        rows = loaded.read(data, fields, slice_by).head(samples)
+        slices = SlicesAsked(
+            files={name: loaded.read(file, fields).head(samples) for name, file in others.items()},
+            by=slice_by,
+            builtin=[name.strip() for names in builtin for name in names.split(",")],
+        )
+        report = validate(folders, loaded, rows, gates=limits, latency=timing, slices=slices, progress=progress)
         with staged_folder(Path(out), overwrite) as staging:
             write_report(report, staging)
     if as_json:

@@ -36,6 +36,16 @@ class Examples:
     references: np.ndarray | None = None
     pairs: bool = False
     """Features are pairs of texts: all first ones, then all second ones in the same order."""
+    window_rows: Sequence[int] | None = None
+    """Features are windows of longer texts: the row, counted from 0, that each was cut from."""
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The row of the data, counted from 0, that each feature is from: int64 [features]."""
+        if self.window_rows is not None:
+            return np.asarray(self.window_rows, dtype=np.int64)
+        count = len(self.features) // 2 if self.pairs else len(self.features)
+        return np.arange(len(self.features), dtype=np.int64) % max(count, 1)
 
     def __len__(self) -> int:
         return len(self.features)

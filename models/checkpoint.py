@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -86,9 +86,9 @@ class Checkpoint:
         accepted = inspect.signature(self.model.forward).parameters
         return [name for name in self.tokenizer.model_input_names if name in accepted]
 
-    def read(self, source: str | Path, columns: Mapping[str, str] | None = None) -> Data:
-        """Rows of a data file with this task's fields (see `read_data`)."""
-        return read_data(source, self.task.fields, columns=columns, optional=self.task.optional_fields)
+    def read(self, source: str | Path, columns: Mapping[str, str] | None = None, keep: Sequence[str] = ()) -> Data:
+        """Rows of a data file with this task's fields, and the columns in `keep` (see `read_data`)."""
+        return read_data(source, self.task.fields, columns=columns, optional=self.task.optional_fields, keep=keep)
 
     def model_inputs(self, batch: Mapping[str, torch.Tensor]) -> Batch:
         """The part of a batch that the forward takes (labels left out)."""

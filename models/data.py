@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,10 @@ _READERS = {
 }
 _CHUNK = 1000  # rows that are held in memory at a time, of data that is mapped from disk
 _ONE_ROW = "Give a data file with at least one row."
+TEXT_FIELDS = ("text", "text_pair", "sentence1", "sentence2", "tokens")
+"""The fields of all tasks that hold text (a list of words as `tokens`); others say what is known of it."""
+_KEPT = "column {}"
+"""How a column that no field is read from is named in `Data.rows`."""
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
 
 
@@ -66,9 +70,27 @@ class Data:
         """The field's value in every row, in order."""
         return list(self.rows[name])
 
+    def values_of_column(self, column: str) -> list[Any]:
+        """The values, in order, of a column by its name in the file: one that a field was read from, or was kept.
+
+        Raises:
+            UsageError: it was not kept when the file was read.
+        """
+        name = next((name for name, read in self.columns.items() if read == column), _KEPT.format(column))
+        if name not in self.rows.column_names:
+            raise UsageError(f"The column {column!r} of {self.source} was not kept when it was read.")
+        return self.values(name)
+
     def head(self, count: int | None) -> Data:
         """The first `count` rows (all when `None`)."""
         return self if count is None or count >= len(self) else self._between(0, count)
+
+    def with_values(self, changed: Mapping[str, Sequence[Any]]) -> Data:
+        """The same rows with other values in these fields."""
+        from datasets import Dataset
+
+        columns = {name: changed.get(name) or self.rows[name][:] for name in self.rows.column_names}
+        return replace(self, rows=Dataset.from_dict(columns, features=self.rows.features))
 
     def chunks(self) -> Iterator[Data]:
         """The rows in order, some at a time: what reads all of them holds few in memory."""
@@ -118,6 +140,7 @@ def read_data(
     *,
     columns: Mapping[str, str] | None = None,
     optional: Sequence[Field] = (),
+    keep: Sequence[str] = (),
 ) -> Data:
     """Read a data file (`.jsonl`, `.jsonl.gz`, `.csv`, `.parquet`), a folder of such files or of a saved Hugging Face
     data set, or a data set of the hub (`name` or `name:split`).
@@ -125,9 +148,10 @@ def read_data(
     Args:
         fields: what must be there; `optional` fields are read where present.
         columns: field name to column name, for columns that cannot be guessed.
+        keep: columns to keep beside those that fields are read from, for `Data.values_of_column`.
 
     Raises:
-        InputError: the file is missing, empty or malformed, or a field has no column.
+        InputError: the file is missing, empty or malformed, or a field or a column to keep is not in it.
         UsageError: `columns` names a field that does not exist.
     """
     columns = dict(columns or {})
@@ -148,8 +172,12 @@ def read_data(
     if guessed:
         said = ", ".join(f"{name} = column {column!r}" for name, column in guessed.items())
         logger.info("%s: %s (use --column FIELD=COLUMN to change it)", Path(str(source)).name, said)
-    rows = table.select_columns(list(found.values())).rename_columns(
-        {column: name for name, column in found.items() if column != name}
+    kept = {_KEPT.format(column): column for column in keep if column not in found.values()}
+    for column in kept.values():
+        if column not in table.column_names:
+            raise InputError(_no_column(str(source), column, table.column_names))
+    rows = table.select_columns([*found.values(), *kept.values()]).rename_columns(
+        {column: name for name, column in {**found, **kept}.items() if column != name}
     )
     return Data(rows, str(source), found)
 

@@ -90,6 +90,8 @@ class RecipeRun:
         objective that does not exist, a metric that nothing gives."""
         from .precision_choice import refuse_untimed
 
+        if not folders["measurement"].exists():
+            self._refuse_slices()
         for export in self.recipe.exports:
             if not folders[export.name].exists():
                 backend_for(export.settings())
@@ -101,12 +103,19 @@ class RecipeRun:
         if not to_do:
             return
         data = self.recipe.data
-        named = (data.train, data.validation, data.development, data.calibration)
+        named = (data.train, data.validation, data.development, data.calibration, *self.recipe.slices.files.values())
         for source in (*named, *(stage.data for stage in to_do)):
             if source is not None:
                 self._data(source)
         for stage in to_do:
             self._refuse_training(stage)
+
+    def _refuse_slices(self) -> None:
+        from ..validate.slices import check_builtin, values_by_row
+
+        check_builtin(self.recipe.slices.builtin, self.recipe.task)
+        for column in self.recipe.slices.by:
+            values_by_row(self._data(self.recipe.data.validation), column)
 
     def _refuse_training(self, stage: Stage) -> None:
         from ..distill.objectives import build_objectives
@@ -267,15 +276,19 @@ class RecipeRun:
     def _measure(self, folders: Mapping[str, Path], folder: Path) -> None:
         from ..validate.latency import BenchSettings
         from ..validate.report import save_report
+        from ..validate.slices import SlicesAsked
         from .steps import validate
 
-        bench = self.recipe.bench
+        bench, slices = self.recipe.bench, self.recipe.slices
         report = validate(
             {export.name: folders[export.name] for export in self.recipe.exports},
             self._checkpoint("teacher", folders),
             self._data(self.recipe.data.validation),
             latency=BenchSettings(**bench.model_dump()),
             baselines=[export.name for export in self.recipe.exports if export.baseline],
+            slices=SlicesAsked(
+                {name: self._data(file) for name, file in slices.files.items()}, slices.by, slices.builtin
+            ),
             progress=self.progress,
         )
         with staged_folder(folder) as staging:
@@ -326,8 +339,9 @@ class RecipeRun:
     def _data(self, source: str) -> Data:
         """The rows of a file, read once; under the name that the recipe gives it."""
         if f"data {source}" not in self._loaded:
-            path = self._sources.data(source)
-            self._loaded[f"data {source}"] = self._checkpoint("teacher", {}).read(path, self.recipe.data.columns)
+            path, recipe = self._sources.data(source), self.recipe
+            keep = recipe.slices.by if source == recipe.data.validation else ()
+            self._loaded[f"data {source}"] = self._checkpoint("teacher", {}).read(path, recipe.data.columns, keep)
         return self._loaded[f"data {source}"]  # type: ignore[no-any-return]
 
     def _standard(self) -> Standard:

@@ -16,6 +16,7 @@ from ..exporters.settings import ExportSettings, Precision, ShapeRange
 from ..files import read_yaml
 from ..prune.settings import PruneSettings
 from ..prune.sparsify_settings import SparsifySettings
+from ..validate.perturbations import BuiltinSlice
 from ..validate.report import Gate, describe_problems
 
 _RESERVED = ("plan", "measurement")
@@ -217,6 +218,24 @@ class Constraints(_Part):
         return fnmatchcase(artifact, self.artifact)
 
 
+class Slices(_Part):
+    """What is measured beside the whole of `data.validation`, each on its own, so that its mean hides none of it.
+
+    ```yaml
+    slices:
+      files: {long: long-reviews.jsonl}
+      by: [topic]
+      builtin: [length, typos]
+    ```
+    """
+
+    files: dict[str, str] = Field(default_factory=dict)
+    """Other rows, by the name of their slice."""
+    by: list[str] = Field(default_factory=list)
+    """Columns of `data.validation`: one slice a value."""
+    builtin: list[BuiltinSlice] = Field(default_factory=list)
+
+
 class Bench(_Part):
     """How latency is measured."""
 
@@ -243,6 +262,7 @@ class Recipe(_Part):
     stages: list[Stage] = Field(min_length=1)
     exports: list[Export] = Field(min_length=1)
     bench: Bench = Bench()
+    slices: Slices = Slices()
     gates: list[Gate] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -281,6 +301,10 @@ class Recipe(_Part):
                 raise ValueError(
                     f"the gate on {gate.metric} is relative to the previous release, which a run knows nothing of: "
                     "ask it of the run's report, with limbeck gate --previous"
+                )
+            if gate.slice is not None and self.slices == Slices():
+                raise ValueError(
+                    f"the gate on {gate.metric} names the slice {gate.slice}, but the recipe has no slices"
                 )
         return self
 

@@ -40,6 +40,7 @@ from ..validate.measurement import (
 from ..validate.quality import headline_metric, higher_is_better, score
 from ..validate.relative import check_references
 from ..validate.report import Candidate, Gate, Report
+from ..validate.slices import SlicesAsked, check_builtin, with_slices
 from .building import build, export_for_device
 from .exporting import export
 from .progress import SILENT, Progress
@@ -137,6 +138,7 @@ def validate(
     gates: Sequence[Gate] = (),
     latency: BenchSettings | None = None,
     baselines: Sequence[str] = (),
+    slices: SlicesAsked | None = None,
     progress: Progress = SILENT,
 ) -> Report:
     """Hold compiled artifacts against their teacher on the same examples, and time them side by side.
@@ -145,11 +147,16 @@ def validate(
         artifacts: name in the report to artifact folder.
         latency: how to time teacher and artifacts; not timed when not given.
         baselines: names of artifacts that are measured for comparison only: gates do not look at them.
+        slices: parts of the rows, and rows beside them, to measure each on its own as well.
     """
     check_references(gates, previous_given=False)
+    slices = slices or SlicesAsked()
+    check_builtin(slices.builtin, teacher.task.name)
     opened = {name: open_artifact(folder) for name, folder in artifacts.items()}
     progress.say("teacher")
     standard = set_standard(teacher, data, progress=progress.advance)
+    limit = min([teacher.max_length, *(manifest.max_length for manifest in opened.values())])
+    standard = with_slices(standard, slices, limit, progress.advance)
     candidates = []
     for name, folder in artifacts.items():
         progress.say(name)
@@ -158,8 +165,9 @@ def validate(
             candidate = measure_artifact(name, folder, manifest, runner, standard, progress.advance)
         finally:
             runner.close()
-        overlap = check_overlap(data, _training_rows(folder))
-        more = {"checks": [*candidate.checks, overlap], "baseline": name in baselines}
+        seen = _training_rows(folder)
+        unseen = [check_overlap(rows, seen, where) for where, rows in _measured_rows(data, slices).items()]
+        more = {"checks": [*candidate.checks, *unseen], "baseline": name in baselines}
         candidates.append(candidate.model_copy(update=more))
     described = describe_teacher(teacher)
     if latency is not None:
@@ -174,7 +182,10 @@ def validate(
         candidates=candidates,
         steps=newest.lineage.steps,
         environment=facts(),
-        data=[f"{Path(data.source).name}: {len(data)} rows, fingerprint {data.fingerprint[:16]}"],
+        data=[
+            f"{Path(rows.source).name}{where}: {len(rows)} rows, fingerprint {rows.fingerprint[:16]}"
+            for where, rows in _measured_rows(data, slices).items()
+        ],
         notes=_notes(opened),
     )
     return report.model_copy(update={"gates": apply_gates(report, gates)}) if gates else report
@@ -183,6 +194,11 @@ def validate(
 def command_line() -> str:
     """What was typed, for the record."""
     return " ".join(["limbeck", *(shlex.quote(word) for word in sys.argv[1:])])
+
+
+def _measured_rows(data: Data, slices: SlicesAsked) -> dict[str, Data]:
+    """The rows of the whole, then those of slices that have their own, by what is said after their file's name."""
+    return {"": data, **{f", slice {name}": rows for name, rows in slices.files.items()}}
 
 
 def _training_rows(folder: Path) -> set[str]:

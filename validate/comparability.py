@@ -9,9 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from .report import Candidate, Report
+from .report import Candidate, Report, Slice
 
 _FINGERPRINT = re.compile(r"\bfingerprint ([0-9a-f]+)")
+_SLICE = re.compile(r", slice (.+): \d+ rows, fingerprint")
 _OF_THE_MACHINE = ("latency_", "speedup_", "cold_start_", "peak_memory_", "energy_")
 _OF_THE_ARTIFACT = ("size_mb", "parameters")
 _CPU_FACTS = ("name", "cpus", "instruction_sets")
@@ -40,14 +41,14 @@ class Comparability:
         return [*self._of_data(), *self._of_the_machine(), *self._of_the_teacher(), *self._of_versions(),
                 *_told("command", self.old.command, self.new.command)]  # fmt: skip
 
-    def hindrance(self, metric: str, old: Candidate, new: Candidate) -> str | None:
-        """Why this metric of two candidates cannot be compared (`other data`), or `None`."""
+    def hindrance(self, metric: str, old: Candidate, new: Candidate, part: Slice | None = None) -> str | None:
+        """Why this metric of two candidates, or of a slice of both, cannot be compared (`other data`), or `None`."""
         if metric in _OF_THE_ARTIFACT:
             return None
         if metric.startswith(_OF_THE_MACHINE):
             other_call = bool(old.latencies and new.latencies) and _call_of(old) != _call_of(new)
             return self.other_machine or ("other sizes or threads" if other_call else None)
-        return "other data" if self._other_data else None
+        return "other data" if self._other_data(part.name if part and part.kind == "file" else None) else None
 
     @property
     def other_machine(self) -> str | None:
@@ -56,14 +57,17 @@ class Comparability:
             return "another CPU"
         return "another GPU" if _gpus(self.old) != _gpus(self.new) else None
 
-    @property
-    def _other_data(self) -> bool:
-        return _fingerprints(self.old.data) != _fingerprints(self.new.data)
+    def _other_data(self, name: str | None) -> bool:
+        """Of the whole, or of the slice of that name."""
+        return _fingerprints(self.old.data, name) != _fingerprints(self.new.data, name)
 
     def _of_data(self) -> Iterator[Difference]:
-        if self._other_data:
-            old, new = ("; ".join(report.data) or "none" for report in (self.old, self.new))
-            yield Difference(topic="data", old=old, new=new, effect="quality cannot be compared")
+        both = _slices(self.old.data) & _slices(self.new.data)
+        for name in (None, *sorted(both)):
+            if self._other_data(name):
+                old, new = ("; ".join(_lines(report.data, name)) or "none" for report in (self.old, self.new))
+                topic = "data" if name is None else f"data of {name}"
+                yield Difference(topic=topic, old=old, new=new, effect="quality cannot be compared")
 
     def _of_the_machine(self) -> Iterator[Difference]:
         effect = "times and memory cannot be compared"
@@ -90,9 +94,23 @@ def _told(topic: str, old: str, new: str, effect: str = "") -> Iterator[Differen
         yield Difference(topic=topic, old=old or "unknown", new=new or "unknown", effect=effect)
 
 
-def _fingerprints(data: Iterable[str]) -> set[str]:
+def _slice_of(line: str) -> str | None:
+    found = _SLICE.search(line)
+    return found.group(1) if found else None
+
+
+def _slices(data: Iterable[str]) -> set[str]:
+    return {name for line in data if (name := _slice_of(line)) is not None}
+
+
+def _lines(data: Iterable[str], name: str | None) -> list[str]:
+    """What a report says of the data of a slice, or of the whole."""
+    return [line for line in data if _slice_of(line) == name]
+
+
+def _fingerprints(data: Iterable[str], name: str | None) -> set[str]:
     """A data set's fingerprint stands for it: a file that was only renamed is the same data."""
-    return {found.group(1) if (found := _FINGERPRINT.search(line)) else line for line in data}
+    return {found.group(1) if (found := _FINGERPRINT.search(line)) else line for line in _lines(data, name)}
 
 
 def _mapping(value: Any, key: str) -> dict[str, Any]:

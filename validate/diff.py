@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from . import mover
 from .comparability import Comparability, Difference
-from .report import Candidate, Latency, Metric, Report, Verdict, short_number
+from .report import Candidate, Latency, Metric, Report, Slice, Verdict, short_number
 
 Meaning = Literal["better", "worse", "no clear change", "changed", "equal", "not comparable"]
 
@@ -109,6 +109,8 @@ class _Figure:
     unit: str
     metric: str | None
     higher_is_better: bool | None
+    part: Slice | None = None
+    """The slice that it was measured on, where it is not the whole."""
 
     @property
     def text(self) -> str:
@@ -165,7 +167,9 @@ def _candidate_diff(old: Candidate, new: Candidate, comparability: Comparability
 
 
 def _hindrance(figure: _Figure, old: Candidate, new: Candidate, comparability: Comparability) -> str | None:
-    return comparability.hindrance(figure.metric, old, new) if figure.metric else comparability.other_machine
+    if figure.metric is None:
+        return comparability.other_machine
+    return comparability.hindrance(figure.metric, old, new, figure.part)
 
 
 def _alone(figures: dict[str, _Figure], others: dict[str, _Figure]) -> list[str]:
@@ -176,6 +180,9 @@ def _figures(candidate: Candidate) -> Iterator[tuple[str, _Figure]]:
     """Quality first, then times, then sizes; each under a name that says all it is matched by."""
     for metric in candidate.metrics:
         yield metric.name, _of_metric(metric)
+    for part in candidate.slices:
+        for metric in part.metrics:
+            yield f"{metric.name} on {part.name}", _of_metric(metric, part)
     for latency in candidate.latencies:
         yield from _of_latency(latency)
     if candidate.size_bytes is not None:
@@ -184,9 +191,9 @@ def _figures(candidate: Candidate) -> Iterator[tuple[str, _Figure]]:
         yield "parameters", _Figure(Value(value=candidate.parameters), "", "parameters", None)
 
 
-def _of_metric(metric: Metric) -> _Figure:
+def _of_metric(metric: Metric, part: Slice | None = None) -> _Figure:
     value = Value(value=metric.value, low=metric.low, high=metric.high)
-    return _Figure(value, metric.unit, metric.name, metric.higher_is_better)
+    return _Figure(value, metric.unit, metric.name, metric.higher_is_better, part)
 
 
 def _of_latency(latency: Latency) -> Iterator[tuple[str, _Figure]]:
@@ -237,7 +244,7 @@ def _verdicts(report: Report, candidate: Candidate) -> dict[str, Verdict]:
         f"check {check.name}": "pass" if check.passed else "fail" for check in candidate.checks
     }
     gates = (result for result in report.gates if result.candidate == candidate.name)
-    return found | {f"gate {result.gate.metric} {result.gate.limits}": result.verdict for result in gates}
+    return found | {f"gate {result.asked}": result.verdict for result in gates}
 
 
 def _verdict_change(name: str, old: Verdict, new: Verdict) -> VerdictChange:

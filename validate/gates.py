@@ -20,7 +20,19 @@ from pydantic import ValidationError
 
 from ..errors import GateFailed, GateInconclusive, InputError
 from .relative import References, compare
-from .report import Candidate, Gate, GateResult, Metric, Report, Verdict, describe_problems, exact_number, short_number
+from .report import (
+    Candidate,
+    Gate,
+    GateResult,
+    Metric,
+    Report,
+    Slice,
+    Verdict,
+    describe_problems,
+    exact_number,
+    short_number,
+)
+from .slice_gates import on_slice, slices_of
 
 __all__ = ["Gate", "GateResult", "apply_gates", "judge", "load_gates", "raise_for_verdict"]
 
@@ -97,11 +109,15 @@ def apply_gates(report: Report, gates: Sequence[Gate], previous: Report | None =
     """
     gated = [candidate for candidate in report.candidates if not candidate.baseline]
     references = References(report, previous)
-    return [
-        _judge(gate, candidate, metric, references)
-        for gate in gates
-        for candidate, metric in _with_metric(gate, _matching(gate, gated))
-    ]
+    results = []
+    for gate in gates:
+        matching = _matching(gate, gated)
+        if gate.slice is None:
+            results += [_judge(gate, item, metric, references) for item, metric in _with_metric(gate, matching)]
+            continue
+        for candidate, part, metric in slices_of(gate, matching):
+            results.append(on_slice(_judge(gate, candidate, metric, references, part), part))
+    return results
 
 
 def _matching(gate: Gate, candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -130,10 +146,13 @@ def _with_metric(gate: Gate, candidates: Sequence[Candidate]) -> list[tuple[Cand
     return found
 
 
-def _judge(gate: Gate, candidate: Candidate, metric: Metric, references: References) -> GateResult:
+def _judge(
+    gate: Gate, candidate: Candidate, metric: Metric, references: References, part: Slice | None = None
+) -> GateResult:
+    """One gate on a metric of the whole, or of a slice."""
     if gate.relative_to is None:
         return judge(gate, candidate.name, metric)
-    compared = compare(gate, candidate, metric, references)
+    compared = compare(gate, candidate, metric, references, part)
     limits = gate.model_copy(update={"relative_to": None, "as_": "ratio"})  # said of the ratio or difference itself
     result = judge(limits, candidate.name, compared.metric)
     verdict, said = result.verdict, f"{compared.lead} {result.reason}"
@@ -243,7 +262,7 @@ def raise_for_verdict(report: Report) -> None:
 
 def _said(result: GateResult) -> str:
     """Its name: what was observed stands in the table above the error, and in the report."""
-    return f"{result.gate.metric} of {result.candidate}."
+    return f"{result.gate.metric} of {result.candidate}{f' on {result.slice}' if result.slice else ''}."
 
 
 def _counted(lines: list[str]) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +13,12 @@ from ..exporters.artifact import Manifest, artifact_size
 from ..models.batching import Examples, Run
 from ..models.checkpoint import Checkpoint, load_tokenizer
 from ..models.data import Data
+from .changed import most_changed
 from .latency import BenchResult
-from .predictions import Predictions, Progress, predict
+from .predictions import Predictions, Progress, broken, predict
 from .quality import measure_quality, score
-from .report import Candidate, Check, Metric
+from .report import Candidate, Check, Metric, SliceKind
+from .slice_metrics import Answer, measure_slices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,10 @@ class Standard:
     """The examples are pairs of texts."""
     max_length: int | None = None
     """Tokens that texts are cut at; the teacher's own limit where not given."""
+    rows: np.ndarray = field(default_factory=lambda: np.arange(0))
+    """The row of the data, counted from 0, that each example is from."""
+    slices: tuple[SliceStandard, ...] = ()
+    """Parts of the data, and data beside them, that candidates are measured on as well (see `slices.with_slices`)."""
 
     @property
     def data_name(self) -> str:
@@ -50,6 +55,22 @@ class Standard:
         """The labels in the order of their ids; made up by transformers where none are named."""
         names = self.teacher.model.config.id2label or {}
         return [str(names[index]) for index in sorted(names)]
+
+
+@dataclass(frozen=True)
+class SliceStandard:
+    """What every candidate is held against on one slice: the teacher's answers there, asked once."""
+
+    name: str
+    kind: SliceKind
+    standard: Standard
+    positions: np.ndarray | None = None
+    """Which of the whole's examples these are; `None` where the slice has rows of its own, which have to be run."""
+
+    @property
+    def count(self) -> int:
+        """Examples: a pair of texts is one."""
+        return len(self.standard.rows) // (2 if self.standard.pairs else 1)
 
 
 def examples_for(task_of: Checkpoint, data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Examples:
@@ -68,7 +89,7 @@ def set_standard(
     """Run the teacher (eager torch unless `run` is another way to it) over the data."""
     examples = examples_for(teacher, data, teacher.tokenizer, max_length or teacher.max_length)
     answers = predict(run or teacher.run, examples, teacher.task, teacher.tokenizer, progress=progress)
-    return Standard(teacher, data, examples.references, answers, examples.pairs, max_length)
+    return Standard(teacher, data, examples.references, answers, examples.pairs, max_length, examples.rows)
 
 
 def score_checkpoint(checkpoint: Checkpoint, standard: Standard, batch_size: int = 32) -> dict[str, float]:
@@ -120,8 +141,6 @@ def measure_artifact(
             f"{folder} is for {manifest.task}, and the teacher is for {standard.teacher.task.name}: "
             "they cannot be compared."
         )
-    tokenizer = load_tokenizer(folder)
-    examples = examples_for(standard.teacher, standard.data, tokenizer, manifest.max_length)
     candidate = Candidate(
         name=name,
         kind="artifact",
@@ -135,13 +154,13 @@ def measure_artifact(
         unverified=manifest.unverified,
         checks=[Check(**check.model_dump()) for check in manifest.checks],
     )
-    candidate = _with_quality(candidate, run, examples, tokenizer, standard, progress)
+    asked = _Asked(run, load_tokenizer(folder), manifest.max_length, standard, progress)
+    candidate = _with_quality(candidate, asked, standard)
     return candidate.model_copy(update={"metrics": [*candidate.metrics, _size_metric(candidate)]})
 
 
 def measure_checkpoint(name: str, checkpoint: Checkpoint, standard: Standard, progress: Progress) -> Candidate:
     """A checkpoint in eager torch."""
-    examples = examples_for(standard.teacher, standard.data, checkpoint.tokenizer, checkpoint.max_length)
     candidate = Candidate(
         name=name,
         kind="checkpoint",
@@ -150,7 +169,8 @@ def measure_checkpoint(name: str, checkpoint: Checkpoint, standard: Standard, pr
         path=Path(checkpoint.source).name,
         parameters=checkpoint.parameters,
     )
-    return _with_quality(candidate, checkpoint.run, examples, checkpoint.tokenizer, standard, progress)
+    asked = _Asked(checkpoint.run, checkpoint.tokenizer, checkpoint.max_length, standard, progress)
+    return _with_quality(candidate, asked, standard)
 
 
 def describe_teacher(teacher: Checkpoint) -> Candidate:
@@ -168,22 +188,29 @@ def describe_teacher(teacher: Checkpoint) -> Candidate:
     return record.model_copy(update={"metrics": [_size_metric(record)]})
 
 
-def _with_quality(
-    candidate: Candidate,
-    run: Run,
-    examples: Examples,
-    tokenizer: PreTrainedTokenizerBase,
-    standard: Standard,
-    progress: Progress,
-) -> Candidate:
-    task = standard.teacher.task
-    answers = predict(run, examples, task, tokenizer, progress=progress)
-    broken = [name for name, values in answers.items() if not _finite(values)]
-    if broken:
+@dataclass(frozen=True)
+class _Asked:
+    """A candidate that answers to rows, split by its own tokenizer."""
+
+    run: Run
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    standard: Standard
+    progress: Progress
+
+    def __call__(self, data: Data) -> Predictions:
+        teacher = self.standard.teacher
+        examples = examples_for(teacher, data, self.tokenizer, self.max_length)
+        return predict(self.run, examples, teacher.task, self.tokenizer, progress=self.progress)
+
+
+def _with_quality(candidate: Candidate, answer: Answer, standard: Standard) -> Candidate:
+    answers = answer(standard.data)
+    if broken(answers):
         check = Check(name="finite outputs", passed=False, detail=f"{candidate.name} answers with NaN or infinity")
         return candidate.model_copy(update={"checks": [*candidate.checks, check]})
     quality = measure_quality(
-        task.name,
+        standard.teacher.task.name,
         standard.predictions,
         answers,
         standard.references,
@@ -191,12 +218,15 @@ def _with_quality(
         label_names=standard.label_names,
         pairs=standard.pairs,
     )
-    return candidate.model_copy(update={"metrics": quality.metrics, "reliability": quality.reliability})
-
-
-def _finite(values: np.ndarray) -> bool:
-    rows: Sequence[np.ndarray] = list(values) if values.dtype == object else [values]
-    return all(bool(np.isfinite(row).all()) for row in rows)
+    slices, checks = measure_slices(standard, answers, answer)
+    found = {
+        "metrics": quality.metrics,
+        "reliability": quality.reliability,
+        "slices": slices,
+        "changed": most_changed(standard, answers),
+        "checks": [*candidate.checks, *checks],
+    }
+    return candidate.model_copy(update=found)
 
 
 def _size_metric(candidate: Candidate) -> Metric:
@@ -209,12 +239,12 @@ def _size_metric(candidate: Candidate) -> Metric:
     )
 
 
-def check_overlap(data: Data, training_rows: set[str]) -> Check:
+def check_overlap(data: Data, training_rows: set[str], where: str = "") -> Check:
     """How many validation rows the artifact's training has seen, by row hashes: a figure on those says nothing."""
     seen = sum(row in training_rows for row in data.row_hashes)
     share = seen / len(data)
     return Check(
-        name="unseen data",
+        name=f"unseen data{where}",
         passed=share <= OVERLAP_LIMIT,
         detail=f"{seen} of {len(data)} validation rows were also trained on ({share:.1%}, limit {OVERLAP_LIMIT:.0%})",
     )

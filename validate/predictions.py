@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 Predictions = dict[str, np.ndarray]
 """Arrays whose first axis is the examples' order (object arrays of rows where examples differ in length)."""
 Progress = Callable[[int, int], None]
+
+
+def broken(answers: Predictions) -> bool:
+    """Whether any of the answers is NaN or infinite."""
+    return not all(_finite(values) for values in answers.values())
+
+
+def _finite(values: np.ndarray) -> bool:
+    rows: Sequence[np.ndarray] = list(values) if values.dtype == object else [values]
+    return all(bool(np.isfinite(row).all()) for row in rows)
 
 
 def predict(

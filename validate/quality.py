@@ -137,7 +137,7 @@ def metric_drafts(
     return _language_model(teacher, candidate)
 
 
-def _bootstrap(figure: MetricDraft) -> Interval:
+def by_bootstrap(figure: MetricDraft) -> Interval:
     return bootstrap_interval(figure.rows, figure.statistic, _RESAMPLES)
 
 
@@ -145,11 +145,11 @@ def _short_bootstrap(figure: MetricDraft) -> Interval:
     return bootstrap_interval(figure.rows, figure.statistic, _CALIBRATION_RESAMPLES)
 
 
-def _wilson(figure: MetricDraft) -> Interval:
+def by_wilson(figure: MetricDraft) -> Interval:
     return wilson_interval(int(figure.rows.sum()), len(figure.rows))
 
 
-def _newcombe(figure: MetricDraft) -> Interval:
+def by_newcombe(figure: MetricDraft) -> Interval:
     ours, theirs = figure.rows[:, 0] > 0, figure.rows[:, 1] > 0
     sides = (ours & theirs, ours & ~theirs, ~ours & theirs, ~ours & ~theirs)
     return newcombe_interval(*(int(side.sum()) for side in sides))
@@ -182,16 +182,16 @@ def _compared(
 ) -> Iterator[MetricDraft]:
     """A share of hits bool [examples], its difference to the teacher's, and what is kept of it."""
     n, reached = len(ours), float(theirs.mean()) if theirs is not None else None
-    yield MetricDraft(name, description, ours, _mean, _wilson, n, teacher=reached)
+    yield MetricDraft(name, description, ours, _mean, by_wilson, n, teacher=reached)
     if theirs is None:
         return
     paired = np.column_stack([ours, theirs]).astype(float)
     if difference:
         told = f"{name} minus the teacher's, same examples"
-        yield MetricDraft(f"{name}_difference", told, paired, _difference, _newcombe, n)
+        yield MetricDraft(f"{name}_difference", told, paired, _difference, by_newcombe, n)
     if reached:
         told = f"share of the teacher's {name.replace('_', ' ')} that is kept"
-        yield MetricDraft(f"{name}_kept", told, paired, _kept, _bootstrap, n)
+        yield MetricDraft(f"{name}_kept", told, paired, _kept, by_bootstrap, n)
 
 
 def _similarity(
@@ -221,7 +221,9 @@ def _embedding_drift(teacher: np.ndarray, candidate: np.ndarray) -> Iterator[Met
     )
     if teacher.shape[1] == candidate.shape[1]:  # a narrower student has a space of its own
         told = "cosine of the candidate's embedding to the teacher's"
-        yield MetricDraft("cosine_mean", told, _cosines(teacher, candidate)[:, None], _mean, _bootstrap, len(candidate))
+        yield MetricDraft(
+            "cosine_mean", told, _cosines(teacher, candidate)[:, None], _mean, by_bootstrap, len(candidate)
+        )
 
 
 def _gold_scores(teacher: np.ndarray | None, candidate: np.ndarray, scores: np.ndarray) -> Iterator[MetricDraft]:
@@ -234,11 +236,11 @@ def _gold_scores(teacher: np.ndarray | None, candidate: np.ndarray, scores: np.n
 
     value = reached(rows, 2) if teacher is not None else None
     told = "rank correlation with the gold scores"
-    yield MetricDraft("spearman", told, rows, reached, _bootstrap, half, teacher=value)
+    yield MetricDraft("spearman", told, rows, reached, by_bootstrap, half, teacher=value)
     if value is not None:
         told = "share of the teacher's rank correlation that is kept"
         yield MetricDraft(
-            "spearman_kept", told, rows, lambda drawn: _ratio(reached(drawn), reached(drawn, 2)), _bootstrap, half
+            "spearman_kept", told, rows, lambda drawn: _ratio(reached(drawn), reached(drawn, 2)), by_bootstrap, half
         )
 
 
@@ -248,7 +250,7 @@ def _retrieval(teacher: np.ndarray | None, candidate: np.ndarray) -> Iterator[Me
     if teacher is not None:
         agreed = ranking_agreement(teacher, candidate, _AGREEMENT_TEXTS)
         told = "rank correlation of both sides' cosines of a first text to all second texts, mean over first texts"
-        yield MetricDraft("agreement_ranking", told, agreed[:, None], _mean, _bootstrap, len(agreed))
+        yield MetricDraft("agreement_ranking", told, agreed[:, None], _mean, by_bootstrap, len(agreed))
 
 
 def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -280,9 +282,9 @@ def _classification(
     n = len(ours)
     if p is not None:
         divergence = np.sum(p * (np.log(p + 1e-12) - np.log(q + 1e-12)), axis=1)
-        yield MetricDraft("flip_rate", "share of answers that left the teacher's", ours != theirs, _mean, _wilson, n)
+        yield MetricDraft("flip_rate", "share of answers that left the teacher's", ours != theirs, _mean, by_wilson, n)
         told = "KL of the teacher's to the candidate's answer"
-        yield MetricDraft("kl_mean", told, divergence[:, None], _mean, _bootstrap, n, unit="nats")
+        yield MetricDraft("kl_mean", told, divergence[:, None], _mean, by_bootstrap, n, unit="nats")
     if labels is None:
         return
     if candidate.dtype == object and is_bio(label_names):
@@ -316,15 +318,15 @@ def _entities(
     rows, n = np.hstack(counts), int(counts[0][:, 2].sum())
     reached = micro_f1(counts[1]) if teacher is not None else None
     told = "entity-level F1, all types together; an entity counts when both ends and its type are right"
-    yield MetricDraft("f1", told, rows, lambda r: micro_f1(r[:, :3]), _bootstrap, n, teacher=reached)
+    yield MetricDraft("f1", told, rows, lambda r: micro_f1(r[:, :3]), by_bootstrap, n, teacher=reached)
     if reached is None:
         return
     told = "f1 minus the teacher's, same rows"
-    yield MetricDraft("f1_difference", told, rows, lambda r: micro_f1(r[:, :3]) - micro_f1(r[:, 3:]), _bootstrap, n)
+    yield MetricDraft("f1_difference", told, rows, lambda r: micro_f1(r[:, :3]) - micro_f1(r[:, 3:]), by_bootstrap, n)
     if reached:
         told = "share of the teacher's F1 that is kept"
         yield MetricDraft(
-            "f1_kept", told, rows, lambda r: _ratio(micro_f1(r[:, :3]), micro_f1(r[:, 3:])), _bootstrap, n
+            "f1_kept", told, rows, lambda r: _ratio(micro_f1(r[:, :3]), micro_f1(r[:, 3:])), by_bootstrap, n
         )
 
 
@@ -334,16 +336,18 @@ def _language_model(teacher: Predictions | None, candidate: Predictions) -> Iter
     tokens = int(rows[:, 0].sum())
     told = "exp of the mean negative log-likelihood a token"
     reached = _perplexity(rows, 2) if teacher is not None else None
-    yield MetricDraft("perplexity", told, rows, _perplexity, _bootstrap, tokens, teacher=reached)
+    yield MetricDraft("perplexity", told, rows, _perplexity, by_bootstrap, tokens, teacher=reached)
     if teacher is None:
         return
     told = "perplexity over the teacher's"
     yield MetricDraft(
-        "perplexity_ratio", told, rows, lambda r: _ratio(_perplexity(r), _perplexity(r, 2)), _bootstrap, tokens
+        "perplexity_ratio", told, rows, lambda r: _ratio(_perplexity(r), _perplexity(r, 2)), by_bootstrap, tokens
     )
     tops = zip(candidate["top_token"], teacher["top_token"], strict=True)
     same = np.array([[np.sum(ours == theirs), len(ours)] for ours, theirs in tops], dtype=float)
-    yield MetricDraft("token_agreement", "share of top tokens that are the teacher's", same, _kept, _bootstrap, tokens)
+    yield MetricDraft(
+        "token_agreement", "share of top tokens that are the teacher's", same, _kept, by_bootstrap, tokens
+    )
 
 
 def _perplexity(rows: np.ndarray, side: int = 1) -> float:

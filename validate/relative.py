@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ..errors import InputError
 from . import mover
 from .comparability import Comparability
-from .report import REFERENCE_WORDS, Candidate, Gate, Metric, Report, short_number
+from .report import REFERENCE_WORDS, Candidate, Gate, Metric, Report, Slice, short_number
 
 _PAIRED = {"ratio": ("_kept", "_ratio"), "difference": ("_difference",)}
 """How metrics end that compare candidate and teacher example by example (`validate.quality`)."""
@@ -53,36 +53,39 @@ def check_references(gates: Iterable[Gate], previous_given: bool) -> None:
             )
 
 
-def compare(gate: Gate, candidate: Candidate, metric: Metric, references: References) -> Comparison:
-    """The metric of a candidate against what the gate is relative to.
+def compare(
+    gate: Gate, candidate: Candidate, metric: Metric, references: References, part: Slice | None = None
+) -> Comparison:
+    """The metric of a candidate, or of a slice of it, against what the gate is relative to.
 
     Raises:
         InputError: there is no such reference, or it is not a figure that a ratio can be to.
     """
     if gate.relative_to == "previous":
-        return _to_previous(gate, candidate, metric, references)
-    return _paired(gate, candidate) or _to_teacher(gate, candidate, metric, references.report)
+        return _to_previous(gate, candidate, metric, references, part)
+    return _paired(gate, part or candidate) or _to_teacher(gate, part or candidate, metric, references.report)
 
 
-def _paired(gate: Gate, candidate: Candidate) -> Comparison | None:
-    found = (candidate.metric(gate.metric + ending) for ending in _PAIRED[gate.as_])
+def _paired(gate: Gate, measured: Candidate | Slice) -> Comparison | None:
+    found = (measured.metric(gate.metric + ending) for ending in _PAIRED[gate.as_])
     metric = next((metric for metric in found if metric is not None), None)
     if metric is None:
         return None
     return Comparison(metric, f"By {metric.name}, which is paired with the teacher's answers:")
 
 
-def _to_teacher(gate: Gate, candidate: Candidate, metric: Metric, report: Report) -> Comparison:
-    own = report.teacher.metric(gate.metric) if report.teacher else None
+def _to_teacher(gate: Gate, measured: Candidate | Slice, metric: Metric, report: Report) -> Comparison:
+    teacher = report.teacher if isinstance(measured, Candidate) else None  # its own record is of the whole
+    own = teacher.metric(gate.metric) if teacher else None
     if metric.teacher is not None:
         reference = mover.estimate_of(metric.teacher, None, None)
     elif own is not None:
         reference = mover.estimate_of(own.value, own.low, own.high)
     else:
-        known = [item.name for item in candidate.metrics if item.teacher is not None]
-        known += [item.name for item in (report.teacher.metrics if report.teacher else [])]
+        known = [item.name for item in measured.metrics if item.teacher is not None]
+        known += [item.name for item in (teacher.metrics if teacher else [])]
         raise InputError(
-            f"The gate on {gate.metric} of {candidate.name} is relative to the teacher, which has no such metric in "
+            f"The gate on {gate.metric} of {measured.name} is relative to the teacher, which has no such metric in "
             f"the report. It has {nearest_first(gate.metric, known)}.",
             "Name one of those, or gate the metric itself.",
         )
@@ -91,7 +94,9 @@ def _to_teacher(gate: Gate, candidate: Candidate, metric: Metric, report: Report
     return Comparison(_compared(gate, metric, reference, metric.count), _lead(gate, metric, reference.value), note)
 
 
-def _to_previous(gate: Gate, candidate: Candidate, metric: Metric, references: References) -> Comparison:
+def _to_previous(
+    gate: Gate, candidate: Candidate, metric: Metric, references: References, part: Slice | None
+) -> Comparison:
     check_references([gate], references.previous is not None)
     assert references.previous is not None
     before = next((item for item in references.previous.candidates if item.name == candidate.name), None)
@@ -102,18 +107,31 @@ def _to_previous(gate: Gate, candidate: Candidate, metric: Metric, references: R
             f"candidate. It has {nearest_first(candidate.name, names)}.",
             "Name the gate's candidate, or give a previous report that has it.",
         )
-    old = before.metric(gate.metric)
+    measured: Candidate | Slice = before if part is None else _same_slice(gate, before, part)
+    old = measured.metric(gate.metric)
     if old is None:
-        known = [item.name for item in before.metrics]
+        known = [item.name for item in measured.metrics]
         raise InputError(
             f"The gate on {gate.metric} of {candidate.name} is relative to the previous report, which has no such "
             f"metric of that candidate. It has {nearest_first(gate.metric, known)}.",
             "Name one of those, or give a previous report that has it.",
         )
     reference = mover.estimate_of(old.value, old.low, old.high)
-    hindrance = Comparability(references.previous, references.report).hindrance(gate.metric, before, candidate)
+    hindrance = Comparability(references.previous, references.report).hindrance(gate.metric, before, candidate, part)
     compared = _compared(gate, metric, reference, None)
     return Comparison(compared, _lead(gate, metric, old.value), _of_points(metric, old), hindrance)
+
+
+def _same_slice(gate: Gate, before: Candidate, part: Slice) -> Slice:
+    found = next((item for item in before.slices if item.name == part.name), None)
+    if found is None:
+        known = nearest_first(part.name, [item.name for item in before.slices])
+        raise InputError(
+            f"The gate on {gate.metric} on the slice {part.name} is relative to the previous report, in which "
+            f"{before.name} has no such slice. It has {known}.",
+            "Give a previous report that has it.",
+        )
+    return found
 
 
 def _of_points(metric: Metric, old: Metric) -> str:

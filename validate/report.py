@@ -23,12 +23,16 @@ from ..models.lineage import Curve, LayerSimilarity, LayerWidths, Step
 SCHEMA_VERSION: Final = 1
 REPORT_FILE = "report.json"
 
-__all__ = ["Candidate", "Check", "Curve", "Gate", "GateResult", "Latency", "LayerSimilarity", "LayerWidths", "Metric",
-           "ReliabilityBin", "Report", "Step", "load_report", "save_report"]  # fmt: skip
+__all__ = ["Candidate", "ChangedExample", "Check", "Curve", "Gate", "GateResult", "Latency", "LayerSimilarity",
+           "LayerWidths", "Metric", "ReliabilityBin", "Report", "Slice", "Step", "load_report",
+           "save_report"]  # fmt: skip
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 REFERENCE_WORDS: Final = {"teacher": "the teacher's", "previous": "the previous"}
+SliceKind = Literal["file", "column", "length", "perturbed"]
 _PROBLEMS_SHOWN = 3
+FEWEST_IN_A_SLICE = 30
+"""Examples below which the figures of a slice are too uncertain to pass a gate."""
 
 
 class _Record(BaseModel):
@@ -113,6 +117,40 @@ class ReliabilityBin(_Record):
     count: int = Field(ge=0)
 
 
+class Slice(_Record):
+    """A part of the rows, or rows beside them, with metrics of its own: those of the whole, and for perturbed rows
+    `invariance`. `note` says what of it cannot be judged, and why."""
+
+    name: str
+    kind: SliceKind
+    count: int = Field(ge=0)
+    """Examples: rows, or windows where long texts are cut into some."""
+    metrics: list[Metric] = []
+    note: str | None = None
+
+    def metric(self, name: str) -> Metric | None:
+        """The metric of that name, or `None`."""
+        return next((metric for metric in self.metrics if metric.name == name), None)
+
+    @property
+    def too_small(self) -> bool:
+        """Whether it has too few examples to be judged by."""
+        return self.count < FEWEST_IN_A_SLICE
+
+
+class ChangedExample(_Record):
+    """An example that the candidate answers far from how the teacher does. `row` counts from 1 in the data file;
+    `distance` is in the unit that `measure` names; `text` is cut."""
+
+    row: int = Field(ge=1)
+    text: str
+    label: str | None = None
+    teacher: str
+    candidate: str
+    distance: float
+    measure: str
+
+
 class Candidate(_Growing):
     """One thing that was measured. `unverified` says in words what was never tried ("never run on a GPU")."""
 
@@ -131,6 +169,9 @@ class Candidate(_Growing):
     checks: list[Check] = []
     latencies: list[Latency] = []
     reliability: list[ReliabilityBin] = []
+    slices: list[Slice] = []
+    changed: list[ChangedExample] = []
+    """The examples whose answers left the teacher's furthest, the furthest first."""
 
     def metric(self, name: str) -> Metric | None:
         """The metric of that name, or `None`."""
@@ -139,7 +180,7 @@ class Candidate(_Growing):
 
 class Gate(_Record):
     """A limit that candidates must keep: `metric` at least `min` and at most `max`, for every candidate whose name
-    matches the glob `candidate`.
+    matches the glob `candidate`; with `slice`, on every slice whose name matches that glob, else on the whole.
 
     With `relative_to` the limits are not on the metric but on how it compares with a reference: the teacher's value, or
     that of the same candidate in the last release's report. `as` says how: the `ratio` to the reference (1 is as good),
@@ -157,6 +198,9 @@ class Gate(_Record):
         relative_to: previous
         as: difference
         min: -0.01
+      - metric: accuracy_kept
+        slice: typos
+        min: 0.95
     ```
     """
 
@@ -169,6 +213,7 @@ class Gate(_Record):
     relative_to: Literal["teacher", "previous"] | None = None
     as_: Literal["ratio", "difference"] = Field(default="ratio", alias="as")
     why: str | None = None
+    slice: str | None = Field(default=None, min_length=1)
 
     @field_validator("min", "max", mode="before")
     @classmethod
@@ -207,16 +252,22 @@ class Gate(_Record):
 
 
 class GateResult(_Record):
-    """What one gate said of one candidate: `observed` is the metric, or how it compares with what the gate is relative
-    to; `low` and `high` are the ends of its 95% interval."""
+    """What one gate said of one candidate, or of one `slice` of it: `observed` is the metric, or how it compares with
+    what the gate is relative to; `low` and `high` are the ends of its 95% interval."""
 
     gate: Gate
     candidate: str
+    slice: str | None = None
     observed: float | None
     low: float | None = None
     high: float | None = None
     verdict: Verdict
     reason: str
+
+    @property
+    def asked(self) -> str:
+        """The gate as people name it: `accuracy at least 0.9 on typos`."""
+        return f"{self.gate.metric} {self.gate.limits}{f' on {self.slice}' if self.slice else ''}"
 
 
 class Report(_Growing):

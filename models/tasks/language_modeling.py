@@ -98,10 +98,10 @@ class TextGeneration(_LanguageModeling):
         self, data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, config: PretrainedConfig
     ) -> Examples:
         encoded = tokenizer(texts_of(data, "text"), padding=False, verbose=False)["input_ids"]
-        features = [window for ids in encoded for window in _windows(ids, max_length)]
-        if not features:
+        windows = [(window, row) for row, ids in enumerate(encoded) for window in _windows(ids, max_length)]
+        if not windows:
             raise InputError(f"{data.source} holds no text of at least two tokens.")
-        return Examples(features)
+        return Examples([window for window, _ in windows], window_rows=[row for _, row in windows])
 
     def training_examples(
         self, data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, config: PretrainedConfig

@@ -114,6 +114,19 @@ def test_a_run_does_every_stage_and_reports(first: Finished, out: Path) -> None:
     assert load_checkpoint(first.folders["narrow"]).lineage.steps[-1].verb == "prune"
 
 
+def test_slices_are_measured_with_what_was_made_already(first: Finished, recipe: Recipe, out: Path) -> None:
+    slices = {"files": {"seen": recipe["data"]["train"]}, "by": ["text"], "builtin": ["case"]}
+    wanted = {**recipe, "slices": slices}
+    with pytest.raises(InputError, match=r"'text' of .* has 32 values"):
+        run(wanted, out)
+    slices["by"] = []
+    again = run(wanted, out)
+    assert again.done == ["measurement"]
+    assert [part.name for part in again.report.candidates[0].slices] == ["seen", "case"]
+    failed = {check.name for _, check in again.report.checks() if not check.passed}
+    assert failed == {"unseen data, slice seen"}
+
+
 def test_constraints_are_gates_of_the_result(first: Finished) -> None:
     judged = [(result.gate.metric, result.candidate) for result in first.report.gates]
     assert judged[:2] == [("size_mb", "onnx"), ("agreement_spearman", "onnx")]
@@ -260,6 +273,8 @@ def test_a_built_in_text_that_is_not_there() -> None:
         (lambda r: changed(r, "stages", 1, prune={"structure": "ffn", "keep": 2}), "more than 0 and at most 1"),
         (lambda r: changed(r, "constraints", 0, artifact="onx"), "names onx"),
         (lambda r: changed(r, "gates", 0, candidate="onx*"), r"cosine_mean names onx\*"),
+        (lambda r: changed(r, "gates", 0, slice="typos"), "names the slice typos, but the recipe has no slices"),
+        (lambda r: {**r, "slices": {"builtin": ["typo"]}}, "slices.builtin.0: Input should be 'length', 'typos'"),
         (lambda r: {**r, "task": None}, "task: "),
     ],
 )

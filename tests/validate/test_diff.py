@@ -15,7 +15,7 @@ from rich.console import Console
 from limbeck.validate.diff import CandidateDiff, FigureChange, ReportDiff, compare_reports
 from limbeck.validate.gates import apply_gates
 from limbeck.validate.rendering import render_diff_markdown, render_diff_table
-from limbeck.validate.report import Candidate, Check, Gate, Latency, Metric, Report
+from limbeck.validate.report import Candidate, Check, Gate, GateResult, Latency, Metric, Report, Slice
 
 EVIL = "<script>alert(1)</script>\"'&|`@all [x](y) [red]\x1b[31m\x00"
 ENVIRONMENT = {"cpu": {"name": "A", "cpus": 2}, "gpus": [], "versions": {"torch": "2.11", "python": "3.11"}}
@@ -266,3 +266,25 @@ def test_json_holds_figures_that_are_not_finite() -> None:
     found = compare_reports(report(candidate(metric(math.inf))), report(candidate(metric(0.5, 0.4))))
     read = json.loads(found.model_dump_json(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert read["candidates"][0]["figures"][0]["old"]["value"] == "Infinity"
+
+
+def test_slices_are_compared_each_with_itself() -> None:
+    def made(value: float, fingerprint: str, verdict: str) -> Report:
+        parts = [
+            Slice(name="typos", kind="perturbed", count=90, metrics=[metric(value, value - 0.01, value + 0.01)]),
+            Slice(name="long", kind="file", count=90, metrics=[metric(value)]),
+        ]
+        asked = Gate(metric="accuracy", slice="typos", min=0.6)
+        result = GateResult(gate=asked, candidate="a", observed=value, verdict=verdict, reason="", slice="typos")
+        data = ["x: 9 rows, fingerprint 01ab", f"y, slice long: 9 rows, fingerprint {fingerprint}"]
+        return report(candidate(metric(0.7), slices=parts), data=data, gates=[result])
+
+    diff = compare_reports(made(0.5, "77", "fail"), made(0.7, "88", "pass"))
+    meanings = {row.name: row.meaning for row in only(diff).rows}
+    assert meanings == {
+        "accuracy": "equal",
+        "accuracy on typos": "better",
+        "accuracy on long": "not comparable",
+        "gate accuracy at least 0.6 on typos": "better",
+    }
+    assert [found.topic for found in diff.differences] == ["data of long"]

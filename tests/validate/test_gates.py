@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from limbeck.errors import GateFailed, GateInconclusive, InputError
 from limbeck.validate.gates import apply_gates, judge, load_gates, raise_for_verdict
-from limbeck.validate.report import Candidate, Check, Gate, Metric, Report
+from limbeck.validate.report import Candidate, Check, Gate, Metric, Report, Slice
 
 FIGURES = st.floats(-1e6, 1e6)
 RANK = {"pass": 0, "inconclusive": 1, "fail": 2}
@@ -114,6 +114,32 @@ def test_a_gate_that_holds_nothing_is_an_error() -> None:
         apply_gates(judged, [Gate(metric="acuracy", min=0.9)])
     with pytest.raises(InputError, match="Candidates: 'a'"):
         apply_gates(judged, [Gate(metric="accuracy", candidate="t", min=0.9)])
+
+
+def test_a_gate_on_a_slice_holds_every_slice_that_it_matches() -> None:
+    def part(name: str, value: float, count: int = 50) -> Slice:
+        return Slice(name=name, kind="column", count=count, metrics=[metric(value)])
+
+    a = candidate("a", metric(0.5))
+    a.slices = [part("t=[x]", 0.95), part("t=y", 0.4), part("typos", 0.95, 29), part("t=few", 0.4, 29)]
+    judged = report(a, candidate("b", metric(0.95)))
+
+    def verdicts(wanted: str) -> list[tuple[str, str | None, str]]:
+        results = apply_gates(judged, [Gate(metric="accuracy", slice=wanted, min=0.9)])
+        return [(result.candidate, result.slice, result.verdict) for result in results]
+
+    assert verdicts("t=[x]") == [("a", "t=[x]", "pass")]
+    assert verdicts("t=?") == [("a", "t=y", "fail")]
+    assert verdicts("typos") == [("a", "typos", "inconclusive")]  # 29 examples can fail a gate, never pass one
+    assert verdicts("*few") == [("a", "t=few", "fail")]
+    assert len(verdicts("*")) == 4
+    with pytest.raises(InputError, match=r"'typo', which matches none. Slices, nearest first: typos, "):
+        verdicts("typo")
+    with pytest.raises(InputError, match=r"no slice that 't\*' matches has that metric.*nearest first: accuracy\."):
+        apply_gates(judged, [Gate(metric="acuracy", slice="t*", min=0.9)])
+    results = apply_gates(judged, [Gate(metric="accuracy", slice="typos", min=0.9)])
+    with pytest.raises(GateInconclusive, match="accuracy of a on typos"):
+        raise_for_verdict(judged.model_copy(update={"gates": results}))
 
 
 def test_verdicts_and_failed_checks_become_errors() -> None:

@@ -16,7 +16,7 @@ from limbeck.recipes.schema import Recipe
 from limbeck.recipes.steps import validate
 from limbeck.validate.gates import apply_gates
 from limbeck.validate.rendering import render_html, render_markdown
-from limbeck.validate.report import Candidate, Gate, GateResult, Latency, Metric, Report
+from limbeck.validate.report import Candidate, Gate, GateResult, Latency, Metric, Report, Slice
 
 FIGURES = st.floats(0.01, 1e4)
 RANK = {"pass": 0, "inconclusive": 1, "fail": 2}
@@ -274,3 +274,43 @@ def test_a_recipe_cannot_ask_for_the_last_release() -> None:
     recipe["gates"] = [{"metric": "size_mb", "max": 1, "relative_to": "previous"}]
     with pytest.raises(ValueError, match="limbeck gate --previous"):
         Recipe.model_validate(recipe)
+
+
+def sliced(*metrics: Metric, whole: Metric, kind: Literal["file", "column"] = "column", **more: Any) -> Report:
+    part = Slice(name="long", kind=kind, count=100, metrics=list(metrics))
+    return report(candidate(whole, slices=[part]), **more)
+
+
+def test_a_gate_on_a_slice_is_relative_to_the_same_slice() -> None:
+    new = sliced(metric(0.4, teacher=0.5), whole=metric(0.9, teacher=0.9))
+    on_slice = judged(gate("teacher", slice="long", min=0.9), new)
+    assert (on_slice.verdict, on_slice.observed, on_slice.slice) == ("fail", pytest.approx(0.8), "long")
+    assert judged(gate("teacher", min=0.9), new).verdict == "pass"
+    old = sliced(metric(0.5), whole=metric(0.1))
+    result = judged(gate("previous", slice="l*", min=0.75), new, old)
+    assert (result.verdict, result.observed) == ("pass", pytest.approx(0.8))
+    paired = sliced(metric(0.4, teacher=0.5), metric(0.95, name="accuracy_kept"), whole=metric(0.9, teacher=0.9))
+    assert judged(gate("teacher", slice="long", min=0.9), paired).verdict == "pass"
+    with pytest.raises(InputError, match=r"in which a has no such slice\. It has nothing"):
+        judged(gate("previous", slice="long", min=0.9), new, report(candidate(metric(0.5))))
+
+
+def test_a_teachers_figure_of_the_whole_is_no_reference_for_a_slice() -> None:
+    teacher = Candidate(name="t", kind="teacher", backend="torch", precision="fp32", path="t", metrics=[metric(0.9)])
+    new = sliced(metric(0.4), whole=metric(0.9), teacher=teacher)
+    assert judged(gate("teacher", min=0.9), new).verdict == "pass"
+    with pytest.raises(InputError, match="of long is relative to the teacher, which has no such metric"):
+        judged(gate("teacher", slice="long", min=0.9), new)
+
+
+def test_other_rows_of_a_slice_hinder_that_slice_alone() -> None:
+    def made(fingerprint: str) -> Report:
+        data = ["x.csv: 9 rows, fingerprint 01ab", f"y.csv, slice long: 9 rows, fingerprint {fingerprint}"]
+        return sliced(metric(0.5), whole=metric(0.5), kind="file", data=data)
+
+    asked = gate("previous", slice="long", min=0.9)
+    assert judged(asked, made("77"), made("77")).verdict == "pass"
+    assert judged(asked, made("77"), made("88")).verdict == "inconclusive"
+    assert judged(gate("previous", min=0.9), made("77"), made("88")).verdict == "pass"
+    without = report(candidate(metric(0.5)))
+    assert judged(gate("previous", min=0.9), made("77"), without).verdict == "pass"

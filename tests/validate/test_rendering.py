@@ -19,10 +19,12 @@ from limbeck.validate.rendering import render_html, render_junit, render_markdow
 from limbeck.validate.rendering.charts import Point, latency_histogram, pareto_front
 from limbeck.validate.rendering.figures import Figure, columns, plain
 from limbeck.validate.rendering.heatmap import layer_similarity
+from limbeck.validate.rendering.slices import slice_map, worst_slice
 from limbeck.validate.rendering.svg import Scale
 from limbeck.validate.rendering.training import ends, likeness, title_of_curve, trainings
 from limbeck.validate.report import (
     Candidate,
+    ChangedExample,
     Check,
     Curve,
     Gate,
@@ -32,6 +34,7 @@ from limbeck.validate.report import (
     Metric,
     ReliabilityBin,
     Report,
+    Slice,
     Step,
     load_report,
 )
@@ -60,6 +63,14 @@ def candidate(name: str, kind: Any = "artifact", value: float = 0.9, **more: Any
     return Candidate(name=name, kind=kind, backend="onnx", precision="fp32", path=name, metrics=[accuracy], **more)
 
 
+def sliced(part: str, kept: float, count: int = 60, **more: Any) -> Slice:
+    metrics = [
+        Metric(name=name, value=value, low=value - 0.01, high=value, teacher=0.9, higher_is_better=True, description="")
+        for name, value in (("accuracy_kept", kept), ("invariance", 0.8))
+    ]
+    return Slice(name=part, kind="perturbed", count=count, metrics=metrics, **more)
+
+
 def full_report(word: str = "student") -> Report:
     checks = [Check(name="parity", passed=True, detail="close", rows=[{word: word, "within": True, "distance": 1e-5}])]
     checks.append(Check(name="weight audit", passed=False, detail=word))
@@ -71,7 +82,10 @@ def full_report(word: str = "student") -> Report:
         teacher=candidate("teacher", "teacher", 0.93, latencies=[latency(20.0)]),
         candidates=[
             candidate(word, value=0.9, latencies=[latency(1.0)], checks=checks, size_bytes=12_000_000, unverified=word,
-                      reliability=[ReliabilityBin(confidence=0.8, accuracy=0.7, count=9)]),
+                      reliability=[ReliabilityBin(confidence=0.8, accuracy=0.7, count=9)],
+                      slices=[sliced(word, 0.7, note=word), sliced("few", 0.1, count=3)],
+                      changed=[ChangedExample(row=7, text=word, label=word, teacher=word, candidate=word, distance=2.5,
+                                              measure=word)]),
             candidate("bad", value=0.5),
         ],
         steps=[Step(verb="prune", method=word, settings={word: {"a": [1, word]}}, rationale=word,
@@ -323,3 +337,61 @@ def test_markdown_tells_what_the_layers_learnt() -> None:
     report = Report(kind="run", title="t", created="", command="", steps=[traced("loss", similarity=similarity)])
     text = render_markdown(report)
     assert "0 ≈ 1 (0.25 → 0.90), 1 ≈ 2 (0.30 → 0.98)" in text and "Total loss 3.00 → 2.00" in text
+
+
+def kept_report(metric: str, *parts: Slice) -> Report:
+    whole = Metric(name=metric, value=0.9, higher_is_better=True, description="")
+    student = Candidate(name="student", kind="artifact", backend="onnx", precision="fp32", path="", metrics=[whole])
+    student.slices = list(parts)
+    return Report(kind="validation", title="t", created="", command="", candidates=[student])
+
+
+def test_slices_are_drawn_as_what_is_kept_with_the_most_lost_in_full_colour() -> None:
+    found = slice_map(full_report())
+    assert found is not None
+    assert found.candidates == ["student"]
+    assert found.meaning == "Share of the teacher's accuracy that is kept on each slice."
+    whole, typos, few = (row.cells[0] for row in found.rows)
+    assert whole is None  # nothing of it was measured as kept
+    assert typos is not None and (typos.text, typos.interval) == ("0.700", "0.690 to 0.700")
+    assert (typos.lost, typos.few) == (1, False)
+    assert typos.moved == "invariance 0.800, teacher 0.900"
+    assert few is not None and few.few and few.lost == 1
+    assert [row.count for row in found.rows] == [None, 60, 3]
+    page = render_html(full_report())
+    assert page.count('class="number loss') == 2 and page.count("loss few") == 1
+    assert 'href="#slices"' in page and 'href="#changed"' in page
+
+
+def test_the_terminal_names_the_worst_slice_that_can_be_judged() -> None:
+    kept = "student keeps 0.700 (0.690 to 0.700) of the teacher's accuracy"
+    assert worst_slice(full_report()) == f"Worst slice: student (60 examples), where {kept}."
+    assert worst_slice(kept_report("accuracy", sliced("few", 0.1, count=29))) is None
+    assert worst_slice(kept_report("accuracy")) is None
+
+
+@pytest.mark.parametrize(
+    ("metric", "measured", "value", "kept"),
+    [
+        ("perplexity", "perplexity_ratio", 1.25, ("0.800", "0.735 to 1.00")),
+        ("flip_rate", "flip_rate", 0.2, ("0.800", "0.640 to 1.00")),
+        ("agreement_spearman", "agreement_spearman", 0.8, ("0.800", "0 to 0.360")),
+        ("f1", "f1_kept", 0.8, ("0.800", "0 to 0.360")),
+    ],
+)
+def test_what_is_kept_is_better_higher_whatever_the_metric(
+    metric: str, measured: str, value: float, kept: tuple[str, str]
+) -> None:
+    low, high = (1.0, 1.36) if value > 1 else (0.0, 0.36)
+    one = Metric(name=measured, value=value, low=low, high=high, higher_is_better=False, description="")
+    found = slice_map(kept_report(metric, Slice(name="typos", kind="perturbed", count=60, metrics=[one])))
+    assert found is not None
+    cell = found.rows[1].cells[0]
+    assert cell is not None and (cell.text, cell.interval) == kept
+
+
+def test_examples_that_changed_are_folded_away_in_markdown() -> None:
+    text = render_markdown(full_report())
+    assert "<summary>Examples that changed most</summary>" in text
+    assert "| student | 7 | student | student | student | student | 2.50 (student) |" in text
+    assert "| student | 60 | 0.700 (0.690 to 0.700, invariance 0.800, teacher 0.900) | student |" in text

@@ -27,6 +27,7 @@ from .figures import (
     title_of,
 )
 from .pages import page_environment
+from .slices import changed_examples, slice_map
 from .training import trainings
 
 _WIDTHS_A_CHART = 12
@@ -44,6 +45,8 @@ def render_html(report: Report) -> str:
         reliability_panels=list(_reliability_panels(report)),
         trainings=list(trainings(report)),
         cut_panels=list(_cut_panels(report)),
+        slices=slice_map(report),
+        changed=changed_examples(report),
         checks=list(report.checks()),
         gate_drawings=[charts.gate_interval(result) for result in report.gates],
     )

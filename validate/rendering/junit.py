@@ -32,8 +32,7 @@ def render_junit(report: Report) -> str:
 
 
 def _add_gate(suite: ElementTree.Element, result: GateResult) -> None:
-    name = f"{result.gate.metric} {result.gate.limits}"
-    case = ElementTree.SubElement(suite, "testcase", classname=_clean(result.candidate), name=_clean(name))
+    case = ElementTree.SubElement(suite, "testcase", classname=_clean(result.candidate), name=_clean(result.asked))
     if result.verdict == "fail":
         ElementTree.SubElement(case, "failure", type="GateFailed", message=_clean(result.reason))
     elif result.verdict == "inconclusive":

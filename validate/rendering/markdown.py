@@ -12,6 +12,7 @@ from ..diff import CandidateDiff, ReportDiff
 from ..report import GateResult, Report, Verdict, short_number
 from .changes import alone, cells, diff_summary, diff_verdict, equal_text, unequal
 from .figures import VERDICT_WORDS, Column, columns, plain, summary
+from .slices import slice_tables
 from .training import ends, likeness
 
 _ICONS: dict[Verdict | None, str] = {"pass": "✅", "fail": "❌", "inconclusive": "❔", None: "➖"}
@@ -31,6 +32,7 @@ def render_markdown(report: Report) -> str:
         _gates(report.gates),
         _failed_checks(report),
         *(f"> **Note:** {_escape(note)}" for note in report.notes),
+        *(_folded(t.title, _table(t.headings, t.rows, numbers_from=9)) for t in slice_tables(report, _escape)),
         _folded("Steps", _steps(report)),
         _folded("Every metric", _metrics(report)),
         _folded("Environment", _environment(report)),
@@ -78,7 +80,7 @@ def _gates(gates: Sequence[GateResult]) -> str:
     rows = [
         [
             f"{_ICONS[result.verdict]} {VERDICT_WORDS[result.verdict]}",
-            f"{_escape(result.gate.metric)} {_escape(result.gate.limits)}",
+            _escape(result.asked),
             _escape(result.candidate),
             _escape(result.reason) + (f"<br><sub>why: {_escape(result.gate.why)}</sub>" if result.gate.why else ""),
         ]

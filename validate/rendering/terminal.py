@@ -14,6 +14,7 @@ from ..diff import CandidateDiff, ReportDiff
 from ..report import GateResult, Report, Verdict
 from .changes import alone, cells, diff_summary, diff_verdict, equal_text, unequal
 from .figures import VERDICT_WORDS, Column, columns, summary
+from .slices import worst_slice
 
 _ICONS: dict[Verdict | None, str] = {"pass": "✔", "fail": "✘", "inconclusive": "?", None: "–"}
 _STYLES: dict[Verdict | None, str] = {
@@ -38,6 +39,8 @@ def render_table(report: Report) -> RenderableType:
         if not check.passed:
             told = _text(f"{check.name} of {candidate.name}: {check.detail}")
             parts.append(Text.assemble((f"{_ICONS['fail']} Check failed", _STYLES["fail"]), "  ", told))
+    if worst := worst_slice(report):
+        parts.append(_text(worst))
     parts.append(Text.assemble(_verdict(report.verdict), f"  {summary(report)}"))
     return Group(*parts)
 
@@ -98,8 +101,9 @@ def _gates(results: list[GateResult]) -> Table:
     for heading in ("Verdict", "Gate", "Candidate", "Found"):
         table.add_column(heading, overflow="fold", no_wrap=heading == "Verdict")
     for result in results:
-        gate = _text(f"{result.gate.metric} {result.gate.limits}")
-        table.add_row(_verdict(result.verdict), gate, _text(result.candidate), _text(result.reason))
+        gate = _text(result.asked)
+        of = f"{result.candidate}, {result.slice}" if result.slice else result.candidate
+        table.add_row(_verdict(result.verdict), gate, _text(of), _text(result.reason))
     return table
 
 

@@ -1,0 +1,80 @@
+"""What a candidate is worth on each slice: the metrics of the whole, and how far its answers move where the rows were
+perturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
+from ..models.data import Data
+from .invariance import invariance_drafts
+from .predictions import Predictions, broken
+from .quality import MetricDraft, metric_drafts
+from .report import Check, Metric, Slice
+
+if TYPE_CHECKING:
+    from .measurement import SliceStandard, Standard
+
+Answer = Callable[[Data], Predictions]
+"""What a candidate answers to rows."""
+
+
+def measure_slices(standard: Standard, answers: Predictions, answer: Answer) -> tuple[list[Slice], list[Check]]:
+    """Every slice of the standard, measured; and a failed check for each on which the candidate's outputs are not
+    finite.
+
+    Args:
+        answers: the candidate's, to the whole.
+        answer: how more of them are had, for slices that have rows of their own. They are dropped once measured.
+    """
+    slices, checks = [], []
+    for part in standard.slices:
+        ours = answer(part.standard.data) if part.positions is None else _at(answers, part)
+        if broken(ours):
+            checks.append(
+                Check(name="finite outputs", passed=False, detail=f"NaN or infinity on the slice {part.name}")
+            )
+            slices.append(_slice(part, [], ["its answers hold NaN or infinity"]))
+            continue
+        slices.append(_slice(part, *_metrics(_drafts(standard, part, answers, ours), part)))
+    return slices, checks
+
+
+def _at(answers: Predictions, part: SliceStandard) -> Predictions:
+    return {name: values[part.positions] for name, values in answers.items()}
+
+
+def _drafts(whole: Standard, part: SliceStandard, answers: Predictions, ours: Predictions) -> Iterable[MetricDraft]:
+    own, task = part.standard, whole.teacher.task.name
+    drafts = metric_drafts(task, own.predictions, ours, own.references, own.label_names, own.pairs)
+    if part.kind != "perturbed":
+        return drafts
+    sides = (whole.predictions, own.predictions), (answers, ours)
+    return chain(drafts, invariance_drafts(task, *sides, (whole.rows, own.rows)))
+
+
+def _metrics(drafts: Iterable[MetricDraft], part: SliceStandard) -> tuple[list[Metric], list[str]]:
+    """Those that the slice allows: of few rows, or of rows that are all alike, some are not defined."""
+    found: list[Metric] = []
+    missing: list[str] = []
+    remaining = iter(drafts)
+    while True:
+        try:
+            draft = next(remaining, None)
+        except InputError as error:  # the task needs more rows than there are
+            return found, [*missing, error.message.rstrip(".")]
+        if draft is None:
+            return found, missing
+        try:
+            found.append(draft.metric(f"{part.standard.data_name}, slice {part.name}"))
+        except InputError:
+            missing.append(f"no {draft.name}, which these examples do not define")
+
+
+def _slice(part: SliceStandard, metrics: list[Metric], said: list[str]) -> Slice:
+    found = Slice(name=part.name, kind=part.kind, count=part.count, metrics=metrics)
+    if found.too_small:
+        said = [f"{part.count} examples are too few to judge by", *said]
+    return found.model_copy(update={"note": "; ".join(said) or None})
