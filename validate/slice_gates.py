@@ -42,8 +42,7 @@ def _means(gate: Gate, name: str) -> bool:
 
 def on_slice(result: GateResult, part: Slice) -> GateResult:
     """The verdict as one on a slice: with too few examples it is `inconclusive` at best."""
-    reason = f"On {part.name}: {result.reason}"
     if not (part.too_small and result.verdict == "pass"):
-        return result.model_copy(update={"slice": part.name, "reason": reason})
-    reason = f"{reason} But {part.count} examples are too few to judge a slice by."
+        return result.model_copy(update={"slice": part.name})
+    reason = f"{result.reason} But {part.count} examples are too few to judge a slice by."
     return result.model_copy(update={"slice": part.name, "reason": reason, "verdict": "inconclusive"})

@@ -84,7 +84,8 @@ def slice_map(report: Report) -> SliceMap | None:
 
 
 def worst_slice(report: Report) -> str | None:
-    """In one line, the slice on which a candidate keeps least, of those with enough examples to be judged by."""
+    """In one line, the slice on which a candidate keeps least, of those with enough examples to be judged by; nothing
+    where it keeps no less than on the whole."""
     gated = [candidate for candidate in report.candidates if candidate.slices and not candidate.baseline]
     metric = _headline(gated)
     if metric is None:
@@ -99,6 +100,8 @@ def worst_slice(report: Report) -> str | None:
         return None
     _, candidate, part, figure = min(found, key=lambda item: item[0])
     whole = _kept(_whole(candidate), metric)
+    if whole and figure.value >= whole.value:
+        return None
     between = f" ({figure.interval})" if figure.interval else ""
     kept = f"{candidate.name} keeps {figure.text}{between} of the teacher's {_named(metric)}"
     beside = f"; on all examples {whole.text}" if whole else ""

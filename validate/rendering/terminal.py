@@ -102,8 +102,7 @@ def _gates(results: list[GateResult]) -> Table:
         table.add_column(heading, overflow="fold", no_wrap=heading == "Verdict")
     for result in results:
         gate = _text(result.asked)
-        of = f"{result.candidate}, {result.slice}" if result.slice else result.candidate
-        table.add_row(_verdict(result.verdict), gate, _text(of), _text(result.reason))
+        table.add_row(_verdict(result.verdict), gate, _text(result.candidate), _text(result.reason))
     return table
 
 
