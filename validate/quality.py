@@ -18,7 +18,14 @@ from .headline import headline_metric, higher_is_better
 from .predictions import Predictions
 from .report import Metric, ReliabilityBin
 from .retrieval import first_hits, ranking_agreement, unit
-from .statistics import Interval, bootstrap_interval, grouped_jackknife_interval, newcombe_interval, wilson_interval
+from .statistics import (
+    Interval,
+    bonett_price_interval,
+    bootstrap_interval,
+    grouped_jackknife_interval,
+    newcombe_interval,
+    wilson_interval,
+)
 
 __all__ = ["Quality", "headline_metric", "higher_is_better", "measure_quality", "score"]
 
@@ -150,9 +157,18 @@ def by_wilson(figure: MetricDraft) -> Interval:
 
 
 def by_newcombe(figure: MetricDraft) -> Interval:
-    ours, theirs = figure.rows[:, 0] > 0, figure.rows[:, 1] > 0
-    sides = (ours & theirs, ours & ~theirs, ~ours & theirs, ~ours & ~theirs)
-    return newcombe_interval(*(int(side.sum()) for side in sides))
+    return newcombe_interval(*_paired_counts(figure.rows))
+
+
+def by_bonett_price(figure: MetricDraft) -> Interval:
+    return bonett_price_interval(*_paired_counts(figure.rows)[:3])
+
+
+def _paired_counts(rows: np.ndarray) -> tuple[int, int, int, int]:
+    """How many examples both sides, the first, the second or none of the two got right."""
+    ours, theirs = rows[:, 0] > 0, rows[:, 1] > 0
+    both, first, second, none = ours & theirs, ours & ~theirs, ~ours & theirs, ~ours & ~theirs
+    return int(both.sum()), int(first.sum()), int(second.sum()), int(none.sum())
 
 
 def by_jackknife(figure: MetricDraft) -> Interval:
@@ -191,7 +207,7 @@ def _compared(
         yield MetricDraft(f"{name}_difference", told, paired, _difference, by_newcombe, n)
     if reached:
         told = f"share of the teacher's {name.replace('_', ' ')} that is kept"
-        yield MetricDraft(f"{name}_kept", told, paired, _kept, by_bootstrap, n)
+        yield MetricDraft(f"{name}_kept", told, paired, _kept, by_bonett_price, n)
 
 
 def _similarity(

@@ -250,6 +250,37 @@ def newcombe_interval(both: int, only_first: int, only_second: int, neither: int
     return Interval(difference, max(difference - below, -1.0), min(difference + above, 1.0), confidence, "Newcombe 10")
 
 
+def bonett_price_interval(both: int, only_first: int, only_second: int, confidence: float = 0.95) -> Interval:
+    """The interval of a paired ratio of two proportions, first over second: what is kept of an accuracy on the same
+    examples. Those that neither got right say nothing of a ratio.
+
+    Bonett and Price, "Confidence intervals for a ratio of binomial proportions based on paired data", Statistics in
+    Medicine 25 (2006) 3039-3047: Wilson limits of both proportions at a confidence that makes up for their
+    correlation, divided crosswise. It has a width even when nothing flipped, which a bootstrap has not.
+
+    Args:
+        both, only_first, only_second: how many examples both or one of the two got right.
+
+    Raises:
+        UsageError: a negative count, or none that the second got right.
+    """
+    _check_confidence(confidence)
+    counts = (both, only_first, only_second)
+    first, second, n = both + only_first, both + only_second, sum(counts)
+    if min(counts) < 0 or second == 0:
+        raise UsageError(f"A paired ratio needs counts of 0 or more, and a second side above 0; these are {counts}.")
+    together = math.sqrt((only_first + only_second + 2) / ((first + 1) * (second + 1)))
+    apart = sum(math.sqrt((1 - (side + 1) / (n + 2)) / (side + 1)) for side in (first, second))
+    z = together / apart * float(stats.norm.ppf((1.0 + confidence) / 2.0))
+    (low, high), (lowest, highest) = (_wilson_limits(side, n, z) for side in (first, second))
+    return _interval(first / second, low / highest, high / lowest, confidence, "Bonett-Price")
+
+
+def _wilson_limits(successes: int, n: int, z: float) -> tuple[float, float]:
+    middle, reach = 2 * successes + z * z, z * math.sqrt(z * z + 4 * successes * (1 - successes / n))
+    return (middle - reach) / (2 * (n + z * z)), (middle + reach) / (2 * (n + z * z))
+
+
 def _corrected_phi(both: int, only_first: int, only_second: int, neither: int) -> float:
     """Correlation of the two outcomes, its numerator drawn towards 0 by half the sample where it is positive."""
     n = both + only_first + only_second + neither
@@ -270,8 +301,6 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
     if not 0 <= successes <= n or n == 0:
         raise UsageError(f"{successes} of {n} is not a proportion.")
     z = float(stats.norm.ppf((1.0 + confidence) / 2.0))
-    share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = _wilson_limits(successes, n, z)
     # at 0 and n a bound is the proportion itself; rounding must not put it on the other side
-    return _interval(share, max(centre - reach, 0.0), min(centre + reach, 1.0), confidence, "Wilson")
+    return _interval(successes / n, max(low, 0.0), min(high, 1.0), confidence, "Wilson")

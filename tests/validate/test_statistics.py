@@ -13,6 +13,7 @@ from scipy import stats
 
 from limbeck.errors import InputError, UsageError
 from limbeck.validate.statistics import (
+    bonett_price_interval,
     bootstrap_interval,
     grouped_jackknife_interval,
     newcombe_interval,
@@ -257,6 +258,30 @@ def test_no_flips_still_leave_room_for_some_and_more_examples_leave_less(right: 
     interval, more = newcombe_interval(right, 0, 0, wrong), newcombe_interval(10 * right, 0, 0, 10 * wrong)
     assert interval.low < 0.0 < interval.high
     assert more.width < interval.width
+
+
+@given(counts, counts, counts)
+@settings(deadline=None)
+def test_a_paired_ratio_holds_its_point_and_turns_over_with_its_sides(a: int, b: int, c: int) -> None:
+    assume(a + b > 0 and a + c > 0)
+    interval, turned = bonett_price_interval(a, b, c), bonett_price_interval(a, c, b)
+    assert 0.0 <= interval.low < interval.point < interval.high
+    assert (turned.low, turned.high) == pytest.approx((1 / interval.high, 1 / interval.low))
+
+
+def test_a_paired_ratio_covers_the_true_one() -> None:
+    """30 examples of two models that are right on 80 and 70 % of them, 65 % on both."""
+    draws = np.random.default_rng(0).multinomial(30, [0.65, 0.15, 0.05, 0.15], size=4000)
+    intervals = [bonett_price_interval(*map(int, row[:3])) for row in draws]
+    covered = np.mean([interval.low <= 0.8 / 0.7 <= interval.high for interval in intervals])
+    assert 0.94 <= covered <= 0.98
+
+
+def test_nothing_flipped_leaves_room_for_some() -> None:
+    interval = bonett_price_interval(144, 0, 0)
+    assert interval.low == pytest.approx(0.987, abs=5e-4) and interval.high == pytest.approx(1 / interval.low)
+    with pytest.raises(UsageError, match="second side above 0"):
+        bonett_price_interval(0, 3, 0)
 
 
 def test_counts_that_cannot_be_are_refused() -> None:
