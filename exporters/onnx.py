@@ -52,6 +52,7 @@ def quiet_exporters() -> Iterator[None]:
         "torch.fx.experimental.symbolic_shapes",
         "onnxscript",
         "onnx_ir",
+        "onnxruntime",
         "nncf",
         "root",
     )
