@@ -225,6 +225,7 @@ def test_a_resample_without_a_right_answer_is_left_out_in_silence() -> None:
         found = figures(measure_quality("text-classification", {"logits": TEACHER}, {"logits": STUDENT}, labels, "d"))
     assert found["accuracy_kept"].value == 1
     assert np.isfinite([found["accuracy_kept"].low, found["accuracy_kept"].high]).all()  # type: ignore[list-item]
+    assert found["accuracy_kept"].low < 1 < found["accuracy_kept"].high  # type: ignore[operator]
 
 
 # Entities.
