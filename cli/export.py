@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,6 +93,8 @@ def command(
     if kit_only and automatic:
         raise UsageError("--kit-only and --precision auto contradict each other: a kit cannot be timed.")
     chosen = get_backend(backend)
+    if kit_only and not chosen.built_format:
+        raise UsageError(f"The backend {backend} has no kits: nothing of it is built.", "Leave out --kit-only.")
     shapes = checked(ShapeRange, {**sizes("batch", batch), **sizes("sequence", sequence)})
     named = chosen.default_precision if automatic or precision is None else precision
     values = {**settings, "backend": backend, "precision": named, "shapes": shapes}
@@ -104,11 +105,11 @@ def command(
         progress.say("loading")
         from ..models.checkpoint import load_checkpoint
         from ..recipes.precision_choice import export_fastest
-        from ..recipes.steps import export_for_device
+        from ..recipes.steps import export, export_for_device
 
         loaded = load_checkpoint(checkpoint, task, trust_remote_code)
         chosen_columns = pairs(columns, "--column")
-        verb: Callable[..., Manifest] = export_fastest if automatic else partial(export_for_device, kit_only=kit_only)
+        verb: Callable[..., Manifest] = export_fastest if automatic else export if kit_only else export_for_device
         manifest = verb(
             loaded,
             wanted,

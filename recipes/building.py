@@ -12,7 +12,7 @@ from typing import Any
 
 from ..backends.base import BuildJob, Runner
 from ..backends.registry import backend_of_format, get_backend
-from ..errors import ExportMismatch, UsageError
+from ..errors import ExportMismatch
 from ..exporters.artifact import CheckRecord, Manifest, open_artifact, seal
 from ..exporters.inputs import random_batch, vocabulary_of
 from ..exporters.model_card import write_model_card
@@ -116,7 +116,6 @@ def export_for_device(
     calibration: Data | None = None,
     validation: Data | None = None,
     beside_float: bool = True,
-    kit_only: bool = False,
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Manifest:
@@ -124,14 +123,11 @@ def export_for_device(
 
     Args:
         beside_float: see `export`.
-        kit_only: leave the kit as it is; it is built elsewhere.
 
     Raises:
-        UsageError: `kit_only` with a backend that has no kits; and what `export` and `build` raise.
+        LimbeckError: what `export` and `build` raise.
     """
     backend = get_backend(settings.backend)
-    if kit_only and not backend.built_format:
-        raise UsageError(f"The backend {backend.name} has no kits: nothing of it is built.", "Leave out --kit-only.")
     work = partial(
         export,
         checkpoint,
@@ -141,7 +137,7 @@ def export_for_device(
         beside_float=beside_float,
         progress=progress,
     )
-    if kit_only or not backend.built_format or not backend.probe().can_run:
+    if not backend.built_format or not backend.probe().can_run:
         return work(out, overwrite=overwrite)
     check_output_folder(out, overwrite)
     with TemporaryDirectory(prefix="limbeck-") as place:

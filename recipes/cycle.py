@@ -13,7 +13,7 @@ from ..errors import InputError, UsageError, did_you_mean
 from ..files import files_below, mend_half_done_swap, read_document, write_json
 from ..validate.headline import higher_is_better
 from .progress import Progress
-from .schema import Cycle
+from .stages import Cycle
 
 if TYPE_CHECKING:
     from ..models.checkpoint import Checkpoint

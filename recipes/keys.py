@@ -12,8 +12,9 @@ from .. import __version__
 from ..distill.objectives import DEFAULT_OBJECTIVES, OBJECTIVES, Objective
 from ..distill.settings import DistillSettings
 from ..files import sha256_of_json
-from .schema import Recipe, Stage
+from .schema import Recipe
 from .sources import Sources, fingerprint_of
+from .stages import Stage
 
 _NAMES = {"name", "start", "teacher", "data"}
 """Of a stage: what they stand for is in the key, so renaming runs nothing again."""

@@ -19,8 +19,9 @@ from ..validate.report import Report, load_report
 from .cycle import CYCLE_FILE, CycleRecord, KeptRounds, run_cycle, unknown_floor, with_note
 from .keys import Keys, folder_of
 from .progress import Progress
-from .schema import Cycle, Export, Recipe, Stage
+from .schema import Export, Recipe
 from .sources import Sources
+from .stages import Cycle, Stage
 
 if TYPE_CHECKING:
     from ..distill.distillation import Surroundings

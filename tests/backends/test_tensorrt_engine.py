@@ -19,7 +19,7 @@ from limbeck.backends.tensorrt_engine import InputRange, choose_profile
 from limbeck.backends.tensorrt_log import layer_evidence
 from limbeck.cli.main import _run
 from limbeck.environment import gpu_facts, is_importable
-from limbeck.errors import BackendUnavailable, ExportMismatch, InputError, UsageError
+from limbeck.errors import BackendUnavailable, ExportMismatch, InputError
 from limbeck.exporters.artifact import Manifest
 from limbeck.exporters.build_plan import BuildPlan
 from limbeck.exporters.inputs import probe_batches
@@ -298,19 +298,11 @@ def test_an_export_on_the_gpus_machine_is_built_at_once(checkpoint: Checkpoint, 
 
 
 @without_engines
-@pytest.mark.parametrize("kit_only", [False, True])
-def test_an_export_elsewhere_is_a_kit_that_says_it_is_unverified(
-    checkpoint: Checkpoint, tmp_path: Path, kit_only: bool
-) -> None:
+def test_an_export_elsewhere_is_a_kit_that_says_it_is_unverified(checkpoint: Checkpoint, tmp_path: Path) -> None:
     settings = ExportSettings(backend="tensorrt", precision="fp16", shapes=SHAPES)
-    made = export_for_device(checkpoint, settings, tmp_path / "kit", kit_only=kit_only)
+    made = export_for_device(checkpoint, settings, tmp_path / "kit")
     assert made.format == KIT and made.is_kit and "GPU" in str(made.unverified)
     assert [path.name for path in tmp_path.iterdir()] == ["kit"]
-
-
-def test_a_backend_without_kits_takes_no_kit_only(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="onnx has no kits"):
-        export_for_device(checkpoint, ExportSettings(backend="onnx"), tmp_path / "out", kit_only=True)
 
 
 def test_what_was_built_is_compared_with_its_kit(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

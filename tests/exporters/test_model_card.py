@@ -340,7 +340,7 @@ def made_manifest(checkpoint: Checkpoint, **changes: Any) -> Manifest:
 def test_what_others_wrote_does_not_become_code_or_structure(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint("bert", task="text-classification"))
     sly = "good\n```python\nimport shutil\n```\n# Title | <script>"
-    step = Step(verb="distill", method=sly, rationale=sly, note=sly, settings={"config": "/home/me/config.json"})
+    step = Step(verb="distill", method=sly, rationale=sly, note=sly, settings={"config": "/elsewhere/me/config.json"})
     output = {"name": '"]; import os; ["', "dtype": "float32", "shape": [None, 2]}
     manifest = made_manifest(
         checkpoint.after(checkpoint.model, step), outputs=[output], unverified=sly, versions={"torch": sly}
@@ -348,7 +348,7 @@ def test_what_others_wrote_does_not_become_code_or_structure(tiny_checkpoint: Ti
     write_model_card(manifest, tmp_path, Terms())
     text = card_of(tmp_path).text
     assert text.count("```python") == 2 and "\n# Title" not in text and "<script>" not in text
-    assert "/home/me" not in text and "/somewhere" not in text and "config.json" in text
+    assert "/elsewhere/me" not in text and "/somewhere" not in text and "config.json" in text
     for program in programs(tmp_path):
         imported = {
             alias.name for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Import) for alias in node.names

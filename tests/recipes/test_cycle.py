@@ -18,7 +18,8 @@ from limbeck.models.checkpoint import load_checkpoint
 from limbeck.recipes.cycle import CycleRecord, Figures, run_cycle
 from limbeck.recipes.progress import SILENT, Progress
 from limbeck.recipes.runner import RecipeRun
-from limbeck.recipes.schema import Cycle, load_recipe
+from limbeck.recipes.schema import load_recipe
+from limbeck.recipes.stages import Cycle
 from limbeck.validate.report import Report
 
 Recipe = dict[str, Any]
