@@ -14,7 +14,7 @@ A backend says whether it can run here (`probe`), turns a checkpoint into files 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # `limbeck backends` probes without loading torch
     from ..exporters.artifact import Manifest
     from ..exporters.layer_facts import ProgramFacts
     from ..exporters.options import BackendOptions
-    from ..exporters.program import ExportedProgram, Floor
+    from ..exporters.program import ExportedProgram, Floor, ProgramWeight
     from ..exporters.settings import ExportSettings, Precision
     from ..models.checkpoint import Checkpoint
 
@@ -159,6 +159,12 @@ class Backend(ABC):
         """Batch and sequence at which a freshly built program is compared with the graph of its kit; where there is a
         build."""
         return []
+
+    def weights(self, folder: Path, manifest: Manifest, module: torch.nn.Module) -> Iterator[ProgramWeight] | None:
+        """The parameters of the module that the program was made from, as its written files hold them, brought back to
+        real numbers: for the weight audit. `None`: they cannot be read back, and the manifest says that they were not
+        compared."""
+        return None
 
     def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts | None:
         """What the files of a verified artifact tell of its layers, and the FLOPs of a call on [batch, sequence]

@@ -66,7 +66,7 @@ class HfExporterBackend(Backend):
             exported = self._exporter().export(job.checkpoint.module, sample, config)
         exported.save_pretrained(folder)
         inputs, outputs = _specs(job, sample)
-        return ExportedProgram(format=self.formats[0], inputs=inputs, outputs=outputs, weights=None)
+        return ExportedProgram(format=self.formats[0], inputs=inputs, outputs=outputs)
 
     def load(self, folder: Path, manifest: Manifest, threads: int | None = None) -> Runner:
         available = self.probe()

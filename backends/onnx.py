@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..exporters.artifact import Manifest
     from ..exporters.layer_facts import ProgramFacts
     from ..exporters.options import OnnxOptions
-    from ..exporters.program import ExportedProgram
+    from ..exporters.program import ExportedProgram, ProgramWeight
 
 _INSTALL = 'pip install "limbeck[onnx]"'
 _NO_BF16 = "never run in bfloat16, which ONNX Runtime's CPU lacks; its float32 twin was checked"
@@ -163,7 +163,6 @@ class OnnxBackend(Backend):
             format="onnx",
             inputs=exporter.tensor_specs(graph.inputs),
             outputs=exporter.tensor_specs(graph.outputs),
-            weights=exporter.read_weights(folder / exporter.GRAPH_FILE),
             unverified=_NO_BF16 if precision == "bf16" else None,
             stand_in="its float32 twin" if precision == "bf16" else None,
             evidence=evidence,
@@ -179,6 +178,11 @@ class OnnxBackend(Backend):
         if manifest.settings.precision == "bf16":
             return TwinRunner(folder / GRAPH_FILE, threads, properties)
         return OnnxRunner(folder / GRAPH_FILE, threads, properties)
+
+    def weights(self, folder: Path, manifest: Manifest, module: torch.nn.Module) -> Iterator[ProgramWeight]:
+        from ..exporters.onnx import GRAPH_FILE, read_weights
+
+        return read_weights(folder / GRAPH_FILE)
 
     def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts:
         if not is_importable("onnx"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..exporters.artifact import Manifest
     from ..exporters.layer_facts import ProgramFacts
     from ..exporters.options import OpenVINOOptions
-    from ..exporters.program import ExportedProgram
+    from ..exporters.program import ExportedProgram, ProgramWeight
 
 _INSTALL = 'pip install "limbeck[openvino]"'
 _READ_BACK = (
@@ -141,7 +141,6 @@ class OpenVINOBackend(Backend):
             format="openvino",
             inputs=exporter.tensor_specs(exported.program.inputs),
             outputs=exporter.tensor_specs(exported.program.outputs),
-            weights=exporter.read_weights(folder / exporter.GRAPH_FILE, job.checkpoint.module),
             compile_properties=exporter.COMPILE_PROPERTIES[precision],
             evidence=evidence,
             biases_corrected=precision == "int8",
@@ -157,6 +156,11 @@ class OpenVINOBackend(Backend):
         kept = manifest.settings.options.get("compile_cache") is True and manifest.artifact_id.isalnum()
         cache = cache_folder() / "openvino" / manifest.artifact_id if kept else None
         return OpenVINORunner(folder / GRAPH_FILE, self.compile_properties(manifest), threads, cache)
+
+    def weights(self, folder: Path, manifest: Manifest, module: torch.nn.Module) -> Iterator[ProgramWeight]:
+        from ..exporters.openvino import GRAPH_FILE, read_weights
+
+        return read_weights(folder / GRAPH_FILE, module)
 
     def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts:
         if not is_importable("openvino"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..exporters.artifact import Manifest
     from ..exporters.layer_facts import ProgramFacts
     from ..exporters.options import TensorRTOptions
-    from ..exporters.program import ExportedProgram
+    from ..exporters.program import ExportedProgram, ProgramWeight
 
 KIT, ENGINE = "tensorrt", "tensorrt-engine"
 PLAN_NAME = "model.engine"
@@ -93,7 +93,6 @@ class TensorRTBackend(Backend):
             format=KIT,
             inputs=inputs,
             outputs=onnx.tensor_specs(exported.program.graph.outputs),
-            weights=onnx.read_weights(folder / onnx.GRAPH_FILE),
             compile_properties={
                 "flags": ", ".join(plan.flags),
                 "strongly typed": "yes",
@@ -150,6 +149,13 @@ class TensorRTBackend(Backend):
             several = min(max(3, batch), first.max[0])
             shapes += [(batch, sequence), (several, first.opt[1]), (batch, first.max[1])]
         return list(dict.fromkeys(shapes))
+
+    def weights(self, folder: Path, manifest: Manifest, module: torch.nn.Module) -> Iterator[ProgramWeight] | None:
+        if manifest.format != KIT:
+            return None  # an engine shows its weights to nobody
+        from ..exporters.onnx import GRAPH_FILE, read_weights
+
+        return read_weights(folder / GRAPH_FILE)
 
     def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts | None:
         if manifest.format != KIT:

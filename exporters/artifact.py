@@ -96,6 +96,8 @@ class Manifest(BaseModel):
     """What runs in the program's place where it was made, for checks of accuracy; such a program is not timed."""
     is_kit: bool = False
     """Still to be built on the device it is for."""
+    biases_corrected: bool = False
+    """Quantising changed vectors (biases, norms) on purpose, so they are not the checkpoint's."""
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     limbeck: str = __version__
     versions: dict[str, str] = Field(default_factory=versions)

@@ -1,4 +1,4 @@
-"""What an exporter hands back: the files it wrote, described, and the weights inside them for the audit."""
+"""What an exporter hands back: the files it wrote, described; and the weights inside such files, for the audit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from ..models.checkpoint import Checkpoint
 from .artifact import Manifest, SparseLayer, TensorSpec
 from .parameter_names import TRANSPOSED, parts_of, rows_of
 from .settings import ExportSettings
-
-_NOT_AUDITED = "its weights were not compared with the checkpoint's, for the backend cannot read them back"
 
 
 @dataclass(frozen=True)
@@ -74,9 +72,6 @@ class ExportedProgram:
     format: str
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
-    weights: Iterator[ProgramWeight] | None
-    """Every parameter found in the written files, read back from them; `None` where they cannot be, and then the weight
-    audit is left out and the manifest says so."""
     compile_properties: Mapping[str, str] = field(default_factory=dict)
     sparse_layers: list[SparseLayer] = field(default_factory=list)
     evidence: Mapping[str, Any] = field(default_factory=dict)
@@ -103,8 +98,9 @@ class ExportedProgram:
             compile_properties=dict(self.compile_properties),
             sparse_layers=self.sparse_layers,
             evidence=dict(self.evidence),
-            unverified=self.unverified or (_NOT_AUDITED if self.weights is None else None),
+            unverified=self.unverified,
             is_kit=self.is_kit,
             stand_in=self.stand_in,
+            biases_corrected=self.biases_corrected,
             lineage=checkpoint.lineage,
         )

@@ -14,7 +14,7 @@ from ..exporters.artifact import CheckRecord, Manifest, seal
 from ..exporters.fitting import fitted, padded_to
 from ..exporters.inputs import probe_batch, probe_batches, token_stream
 from ..exporters.model_card import write_model_card
-from ..exporters.program import ExportedProgram, Floor
+from ..exporters.program import Floor
 from ..exporters.settings import CALIBRATED, QUANTISED, ExportSettings
 from ..files import check_output_folder, files_below, staged_folder, write_json
 from ..models.batching import Batch, Examples, Run, pad
@@ -28,6 +28,7 @@ from ..validate.speed import medians_in_turn
 from ..validate.weight_audit import audit_weights
 from .progress import SILENT, Progress
 
+_NOT_AUDITED = "its weights were not compared with the checkpoint's, for the backend cannot read them back"
 _FEW_ROWS = 16
 _SLOWER = 1.02
 """Times as long as float32: what is said to be slower is so by more than a clock's noise."""
@@ -106,14 +107,17 @@ def export_checked(
         _write_companions(checkpoint, folder)
         manifest = program.manifest(checkpoint, settings)
         with closing(backend.load(folder, manifest)) as runner:
-            checks = _check(checkpoint, settings, program, runner, batches, progress)
+            checks = _check(checkpoint, manifest, runner, batches, progress)
+            if (audit := _audit(checkpoint, manifest, folder, progress)) is not None:
+                checks.append(audit)
             checks += [_held(floor, runner, progress)] if floor is not None else []
             _refuse_failed(checks, settings)
             timed = beside_float and settings.precision in QUANTISED and "fp32" in backend.precisions
             caveats = _few_rows(settings, len(batches))
             if timed and not manifest.is_kit and not manifest.stand_in:
                 caveats += _slower_than_float(checkpoint, settings, runner, progress)
-        changes = {"checks": checks, "program_files": program_files, "caveats": caveats}
+        unverified = manifest.unverified or (_NOT_AUDITED if audit is None else None)
+        changes = {"checks": checks, "program_files": program_files, "caveats": caveats, "unverified": unverified}
         manifest = manifest.model_copy(update=changes)
         write_model_card(manifest, folder, checkpoint.terms)
         return seal(manifest, folder)
@@ -179,23 +183,23 @@ def _write_companions(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _check(
-    checkpoint: Checkpoint,
-    settings: ExportSettings,
-    program: ExportedProgram,
-    runner: Runner,
-    batches: Sequence[Batch],
-    progress: Progress,
+    checkpoint: Checkpoint, manifest: Manifest, runner: Runner, batches: Sequence[Batch], progress: Progress
 ) -> list[CheckRecord]:
-    for name, wanted in program.compile_properties.items():
+    for name, wanted in manifest.compile_properties.items():
         if (found := runner.properties.get(name, wanted)) != wanted:
             progress.say(f"this machine's runtime compiles {name}={found} where {wanted} was asked for")
     progress.say("comparing outputs with torch")
-    probes = probe_batches(checkpoint, settings.shapes, token_stream(batches))
-    checks = [check_parity(runner, checkpoint.run, probes, settings.precision)]
-    if program.weights is not None:
-        progress.say("auditing the weights")
-        checks.append(audit_weights(checkpoint.module, program.weights, corrected=program.biases_corrected))
-    return checks
+    probes = probe_batches(checkpoint, manifest.settings.shapes, token_stream(batches))
+    return [check_parity(runner, checkpoint.run, probes, manifest.settings.precision)]
+
+
+def _audit(checkpoint: Checkpoint, manifest: Manifest, folder: Path, progress: Progress) -> CheckRecord | None:
+    """`None` where the backend cannot read the weights back."""
+    weights = get_backend(manifest.settings.backend).weights(folder, manifest, checkpoint.module)
+    if weights is None:
+        return None
+    progress.say("auditing the weights")
+    return audit_weights(checkpoint.module, weights, corrected=manifest.biases_corrected)
 
 
 def _held(floor: Floor, run: Run, progress: Progress) -> CheckRecord:

@@ -42,11 +42,15 @@ class TorchExportBackend(Backend):
             format=self.formats[0],
             inputs=[TensorSpec(name=name, dtype="int64", shape=[None, None]) for name in names],
             outputs=[_output(name, value) for name, value in outputs.items()],
-            weights=read_weights(folder / PROGRAM_FILE),
         )
 
     def load(self, folder: Path, manifest: Manifest, threads: int | None = None) -> Runner:
         return TorchExportRunner(folder / PROGRAM_FILE, manifest, threads)
+
+    def weights(self, folder: Path, manifest: Manifest, module: torch.nn.Module) -> Iterator[ProgramWeight]:
+        """Every parameter as the written program holds it."""
+        for name, value in torch.export.load(folder / PROGRAM_FILE).state_dict.items():
+            yield ProgramWeight(name.removeprefix("module."), value.detach().float().numpy())
 
 
 class _Positional(torch.nn.Module):
@@ -88,12 +92,6 @@ class TorchExportRunner(Runner):
                 return self._module(*inputs)
 
         return call
-
-
-def read_weights(path: Path) -> Iterator[ProgramWeight]:
-    """Every parameter as the written program holds it."""
-    for name, value in torch.export.load(path).state_dict.items():
-        yield ProgramWeight(name.removeprefix("module."), value.detach().float().numpy())
 
 
 def _output(name: str, value: torch.Tensor) -> TensorSpec:

@@ -364,7 +364,7 @@ def test_an_export_that_fails_its_checks_leaves_nothing(
         values[:8] = 0
         tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
         onnx.save(model, folder / GRAPH_FILE)
-        return dataclasses.replace(program, weights=read_weights(folder / GRAPH_FILE))
+        return program
 
     monkeypatch.setattr(OnnxBackend, "export", lossy)
     with pytest.raises(ExportMismatch, match=r"parity: sentence_embedding at .* differs by") as caught:
