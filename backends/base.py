@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # `limbeck backends` probes without loading torch
     from ..exporters.options import BackendOptions
     from ..exporters.program import ExportedProgram, Floor, ProgramWeight
     from ..exporters.settings import ExportSettings, Precision
+    from ..exporters.tokenizer_graph import TextTokens, Tokenize
     from ..models.checkpoint import Checkpoint
 
 Progress = Callable[[str], None]
@@ -114,6 +115,8 @@ class Backend(ABC):
     """Patterns of zeros that its compiler can use (`--sparsity`)."""
     built_format: ClassVar[str] = ""
     """The format that `build` makes of a kit, where there is a build."""
+    tokenizer_package: ClassVar[str] = ""
+    """The pip package that its graphs of tokenizers are made with (`--tokenizer-graph`); empty: it makes none."""
     properties: ClassVar[frozenset[str]] = frozenset()
     """Compile properties that a manifest may hand to the runtime. Artifacts come from anybody, and runtimes have
     properties that name files to read or folders to write."""
@@ -137,6 +140,15 @@ class Backend(ABC):
             UsageError: a precision or sparsity that this backend does not have.
             BackendUnavailable: a package that the export needs is missing.
         """
+
+    def export_tokenizer(self, tokens: TextTokens, folder: Path) -> Tokenize:
+        """Write what `tokens` does with a text as a graph of its own into the folder; returns what runs the written
+        graph. Where there is a `tokenizer_package`.
+
+        Raises:
+            InputError: a tokenizer that cannot be made a graph of.
+        """
+        raise UsageError(f"The backend {self.name} makes no graphs of tokenizers.")
 
     @abstractmethod
     def load(self, folder: Path, manifest: Manifest, threads: int | None = None) -> Runner:

@@ -39,8 +39,11 @@ class HfExporterBackend(Backend):
     def probe(self) -> Availability:
         from transformers.exporters.auto import EXPORT_BACKENDS
 
+        from ..exporters.onnx import quiet_exporters
+
         try:
-            self._exporter()
+            with quiet_exporters():
+                self._exporter()
         except (ImportError, RuntimeError) as error:  # a package that it needs is missing or too old
             return Availability(
                 False, False, first_line(error), f"pip install {' '.join(self._exporter.required_packages)}"
@@ -82,10 +85,13 @@ class HfRunner(Runner):
         import torch
         from transformers.exporters import ExportedModel
 
+        from ..exporters.onnx import quiet_exporters
+
         if threads is not None:
             torch.set_num_threads(threads)
         try:
-            exported = ExportedModel.from_pretrained(folder)
+            with quiet_exporters():
+                exported = ExportedModel.from_pretrained(folder)
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             raise BackendUnavailable(f"{folder} cannot be opened here: {first_line(error)}") from error
         self._run: Callable[..., Any] = exported.runners["model"]

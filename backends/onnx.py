@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..exporters.layer_facts import ProgramFacts
     from ..exporters.options import OnnxOptions
     from ..exporters.program import ExportedProgram, ProgramWeight
+    from ..exporters.tokenizer_graph import TextTokens, Tokenize
 
 _INSTALL = 'pip install "limbeck[onnx]"'
 _NO_BF16 = "never run in bfloat16, which ONNX Runtime's CPU lacks; its float32 twin was checked"
@@ -113,6 +114,7 @@ class OnnxBackend(Backend):
     precisions = ("fp32", "fp16", "bf16", "int8", "int8-weight-only", "int4-weight-only")
     formats = ("onnx",)
     properties = frozenset({"session.force_spinning_stop"})
+    tokenizer_package = "onnxruntime-extensions"
 
     @classmethod
     def options(cls) -> type[OnnxOptions]:
@@ -167,6 +169,11 @@ class OnnxBackend(Backend):
             stand_in="its float32 twin" if precision == "bf16" else None,
             evidence=evidence,
         )
+
+    def export_tokenizer(self, tokens: TextTokens, folder: Path) -> Tokenize:
+        from ..exporters.tokenizer_graph import write_onnx_tokenizer
+
+        return write_onnx_tokenizer(tokens, folder)
 
     def load(self, folder: Path, manifest: Manifest, threads: int | None = None) -> Runner:
         from ..exporters.onnx import GRAPH_FILE

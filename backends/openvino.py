@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..exporters.layer_facts import ProgramFacts
     from ..exporters.options import OpenVINOOptions
     from ..exporters.program import ExportedProgram, ProgramWeight
+    from ..exporters.tokenizer_graph import TextTokens, Tokenize
 
 _INSTALL = 'pip install "limbeck[openvino]"'
 _READ_BACK = (
@@ -97,6 +98,7 @@ class OpenVINOBackend(Backend):
     precisions = ("fp32", "bf16", "fp16", "int8", "int8-weight-only", "int4-weight-only", "native")
     formats = ("openvino",)
     properties = frozenset({"INFERENCE_PRECISION_HINT"})
+    tokenizer_package = "openvino-tokenizers"
 
     @classmethod
     def options(cls) -> type[OpenVINOOptions]:
@@ -145,6 +147,11 @@ class OpenVINOBackend(Backend):
             evidence=evidence,
             biases_corrected=precision == "int8",
         )
+
+    def export_tokenizer(self, tokens: TextTokens, folder: Path) -> Tokenize:
+        from ..exporters.tokenizer_graph import write_openvino_tokenizer
+
+        return write_openvino_tokenizer(tokens, folder)
 
     def load(self, folder: Path, manifest: Manifest, threads: int | None = None) -> Runner:
         from ..exporters.openvino import GRAPH_FILE

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..environment import is_importable
 from ..errors import BackendUnavailable, InputError, UsageError, did_you_mean
 from .base import Availability, Backend, Runner
 from .fitted import FittedRunner
@@ -92,7 +93,7 @@ def backend_for(settings: ExportSettings) -> Backend:
     """The backend that can do this export, here; asked before a model is loaded or trained.
 
     Raises:
-        UsageError: there is no such backend, or it lacks the precision or sparsity.
+        UsageError: there is no such backend, or it lacks the precision or sparsity, or has no graphs of tokenizers.
         BackendUnavailable: a package that the export needs is missing.
     """
     from ..exporters.options import checked_options
@@ -108,10 +109,26 @@ def backend_for(settings: ExportSettings) -> Backend:
             "Leave --sparsity out: the zeros stay in the weights all the same.",
         )
     checked_options(backend.options(), settings.options, backend.name)
+    if settings.tokenizer_graph:
+        _require_tokenizer_graphs(backend)
     available = backend.probe()
     if not available.can_export:
         raise BackendUnavailable(f"The backend {backend.name} cannot export here: {available.reason}.", available.mend)
     return backend
+
+
+def _require_tokenizer_graphs(backend: Backend) -> None:
+    package = backend.tokenizer_package
+    if not package:
+        able = [name for name in _BUILT_IN if get_backend(name).tokenizer_package]
+        raise UsageError(
+            f"The backend {backend.name} makes no graphs of tokenizers; {' and '.join(able)} do.",
+            "Leave --tokenizer-graph out: the artifact carries the tokenizer all the same.",
+        )
+    if not is_importable(package.replace("-", "_")):
+        raise BackendUnavailable(
+            f"--tokenizer-graph needs {package}, which is not installed.", f"pip install {package}"
+        )
 
 
 def list_backends() -> list[Listing]:

@@ -65,6 +65,9 @@ Examples:
 @click.option(
     "--option", "options", multiple=True, metavar="NAME=VALUE", help="Of the backend's own: limbeck backends NAME."
 )
+@click.option(
+    "--tokenizer-graph", is_flag=True, help="Write the tokenizer as a graph too, so that the runtime takes text."
+)
 @click.option("--kit-only", is_flag=True, help="Write the build kit alone where the engine could be built at once.")
 @model_options
 @column_option
@@ -122,7 +125,7 @@ def command(
     if as_json:
         print_json(artifact_summary(manifest, Path(out)))
     elif automatic:
-        show(precision_table(manifest.evidence["precision auto"]))
+        show(precision_table(manifest))
     for check in manifest.checks:
         done(f"{check.name}: {check.detail}.")
     if manifest.unverified:

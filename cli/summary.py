@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ..models.lineage import Lineage
     from ..recipes.inspection import Inspection
 
+_FLOOR = " where the floor is "
+"""What stands between a figure and its floor in the check of that name."""
 _COUNTED = "matrix products, two a multiplication, zeros counted as any number"
 
 
@@ -176,23 +178,30 @@ def _ranges_text(spec: dict[str, Any]) -> str:
     return "".join(f", {part}" for part in parts)
 
 
-def precision_table(attempts: list[dict[str, Any]]) -> Table:
+def precision_table(manifest: Manifest) -> Table:
     """What `--precision auto` tried, and what became of each."""
     from rich.table import Column, Table
 
-    table = Table("precision", "quality", "median", "speed-up", "size", Column("outcome", overflow="fold"))
+    shapes, attempts = manifest.settings.shapes, manifest.evidence["precision auto"]
+    floors = {attempt["quality"].partition(_FLOOR)[2] for attempt in attempts if "quality" in attempt}
+    base = next(attempt["beside"] for attempt in attempts if "beside" in attempt)
+    timed = f"Timed at {shapes.opt_batch} x {shapes.opt_sequence} tokens; speed-up over {base}."
+    caption = f"{timed} Floor of quality: {', '.join(sorted(floors))}."
+    table = Table(
+        "precision", "quality", "median", "speed-up", "size", Column("outcome", overflow="fold"), caption=caption
+    )
     for attempt in attempts:
         ms, ratio, low, size = (attempt.get(name) for name in ("p50_ms", "speedup", "speedup_low", "size_mb"))
         table.add_row(
             attempt["precision"],
-            attempt.get("quality", "-"),
-            f"{ms:.3g} ms" if ms is not None else "-",
-            _speed_up(attempt["beside"], ratio, low) if ratio is not None else "-",
+            attempt.get("quality", "-").partition(_FLOOR)[0],
+            "-" if ms is None else f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms",
+            "-" if ratio is None or attempt["beside"] == attempt["precision"] else _speed_up(ratio, low),
             f"{size:.1f} MB" if size is not None else "-",
             attempt["outcome"],
         )
     return table
 
 
-def _speed_up(beside: str, ratio: float, low: float | None) -> str:
-    return f"{ratio:.2f}x of {beside}" + (f" (at least {low:.2f}x)" if low is not None else "")
+def _speed_up(ratio: float, low: float | None) -> str:
+    return f"{ratio:.2f}x" + (f" (at least {low:.2f}x)" if low is not None else "")

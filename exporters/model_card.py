@@ -65,6 +65,7 @@ def _examples_facts(manifest: Manifest) -> dict[str, Any]:
         "format": plain(manifest.format),
         "task": plain(manifest.task),
         "precision": manifest.settings.precision,
+        "tokenizer_graph": manifest.settings.tokenizer_graph,
         "host_code": manifest.settings.options.get("version_compatible") is True,
         "properties": {plain(name): plain(value) for name, value in manifest.compile_properties.items() if value},
         "inputs": [spec.name for spec in manifest.inputs],

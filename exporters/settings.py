@@ -67,5 +67,7 @@ class ExportSettings(BaseModel):
     """Rows that an int8 or fp8 export is calibrated on."""
     floor: float | None = Field(None, gt=0, le=1)
     """Share of the checkpoint's own quality that the program keeps, or it is not written."""
+    tokenizer_graph: bool = False
+    """Whether the tokenizer is written as a graph too, which the runtime runs beside the program."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The backend's own, checked by its `Backend.options`; `limbeck backends NAME` lists them."""

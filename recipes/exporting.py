@@ -16,15 +16,17 @@ from ..exporters.inputs import probe_batch, probe_batches, token_stream
 from ..exporters.model_card import write_model_card
 from ..exporters.program import Floor
 from ..exporters.settings import CALIBRATED, QUANTISED, ExportSettings
+from ..exporters.tokenizer_graph import TextTokens
 from ..files import check_output_folder, files_below, staged_folder, write_json
 from ..models.batching import Batch, Examples, Run, pad
 from ..models.checkpoint import Checkpoint
-from ..models.data import Data
+from ..models.data import TEXT_FIELDS, Data
 from ..models.lineage import TRAINING_ROWS_FILE
 from ..validate.measurement import score_run, scores_of, set_standard
 from ..validate.parity import check_parity
 from ..validate.quality import headline_metric, higher_is_better
 from ..validate.speed import medians_in_turn
+from ..validate.tokenizer_check import TOKENIZER_CHECK, check_tokenizer_graph, read_otherwise
 from ..validate.weight_audit import audit_weights
 from .progress import SILENT, Progress
 
@@ -79,6 +81,7 @@ def export(
     require_numbers(checkpoint)
     settings = fit_to_model(settings, checkpoint)
     check_output_folder(out, overwrite)
+    refuse_unlike_tokenizer(checkpoint, settings, calibration, progress)
     floor = measure_floor(checkpoint, validation, settings, progress)
     return export_checked(
         checkpoint, settings, out, floor, calibration=calibration, beside_float=beside_float, overwrite=overwrite,
@@ -105,15 +108,18 @@ def export_checked(
         # transformers' exporters write the configuration too; it goes with the model, not with the program.
         program_files = [path.as_posix() for path in files_below(folder) if path.as_posix() != "config.json"]
         _write_companions(checkpoint, folder)
+        tokenizer_checks = _tokenizer_graph(checkpoint, settings, calibration, folder)
         manifest = program.manifest(checkpoint, settings)
         with closing(backend.load(folder, manifest)) as runner:
             checks = _check(checkpoint, manifest, runner, batches, progress)
             if (audit := _audit(checkpoint, manifest, folder, progress)) is not None:
                 checks.append(audit)
+            checks += tokenizer_checks
             checks += [_held(floor, runner, progress)] if floor is not None else []
             _refuse_failed(checks, settings)
             timed = beside_float and settings.precision in QUANTISED and "fp32" in backend.precisions
-            caveats = _few_rows(settings, len(batches))
+            caveats = _compiled_otherwise(manifest, runner) + _few_rows(settings, len(batches))
+            caveats += _read_otherwise(tokenizer_checks)
             if timed and not manifest.is_kit and not manifest.stand_in:
                 caveats += _slower_than_float(checkpoint, settings, runner, progress)
         unverified = manifest.unverified or (_NOT_AUDITED if audit is None else None)
@@ -146,6 +152,41 @@ def fit_to_model(settings: ExportSettings, checkpoint: Checkpoint) -> ExportSett
             f"The smallest sequence {settings.shapes.min_sequence} is longer than the {checkpoint.max_length} tokens "
             f"that {checkpoint.source} has positions for."
         ) from error
+
+
+def refuse_unlike_tokenizer(
+    checkpoint: Checkpoint, settings: ExportSettings, calibration: Data | None, progress: Progress = SILENT
+) -> None:
+    """Where a graph of the tokenizer is asked for, refuse one that is not the tokenizer before any longer work.
+
+    Raises:
+        ExportMismatch: its tokens are not the tokenizer's.
+        InputError: a tokenizer that cannot be made a graph of.
+    """
+    if settings.tokenizer_graph:
+        progress.say("comparing the tokenizer's graph with the tokenizer")
+        with TemporaryDirectory(prefix="limbeck-") as folder:
+            _refuse_failed(_tokenizer_graph(checkpoint, settings, calibration, Path(folder)), settings)
+
+
+def _tokenizer_graph(
+    checkpoint: Checkpoint, settings: ExportSettings, calibration: Data | None, folder: Path
+) -> list[CheckRecord]:
+    """Write the tokenizer as a graph into the folder, where it is asked for, and compare it with the tokenizer."""
+    if not settings.tokenizer_graph:
+        return []
+    tokens = TextTokens.of(checkpoint, settings.shapes)
+    graph = get_backend(settings.backend).export_tokenizer(tokens, folder)
+    rows = calibration.head(settings.calibration_samples).rows if calibration is not None else []
+    texts = [row[name] for row in rows for name in TEXT_FIELDS if isinstance(row.get(name), str)]
+    masked = checkpoint.task.name == "fill-mask"
+    return [check_tokenizer_graph(graph, tokens, checkpoint.input_names, texts, special_matter=masked)]
+
+
+def _read_otherwise(checks: Sequence[CheckRecord]) -> list[str]:
+    """What to say of a graph of a tokenizer that differs from it on kinds of text that a program may never see."""
+    kinds = [kind for check in checks for kind in read_otherwise(check)]
+    return [f"the tokenizer's graph makes other tokens than the tokenizer of: {', '.join(kinds)}"] if kinds else []
 
 
 def measure_floor(
@@ -185,9 +226,6 @@ def _write_companions(checkpoint: Checkpoint, folder: Path) -> None:
 def _check(
     checkpoint: Checkpoint, manifest: Manifest, runner: Runner, batches: Sequence[Batch], progress: Progress
 ) -> list[CheckRecord]:
-    for name, wanted in manifest.compile_properties.items():
-        if (found := runner.properties.get(name, wanted)) != wanted:
-            progress.say(f"this machine's runtime compiles {name}={found} where {wanted} was asked for")
     progress.say("comparing outputs with torch")
     probes = probe_batches(checkpoint, manifest.settings.shapes, token_stream(batches))
     return [check_parity(runner, checkpoint.run, probes, manifest.settings.precision)]
@@ -219,11 +257,26 @@ def _refuse_failed(checks: Sequence[CheckRecord], settings: ExportSettings) -> N
                 f"{check.detail}.",
                 "Nothing was written. Try another --precision, more or other --calibration text, or --precision auto.",
             )
+        if check.name == TOKENIZER_CHECK:
+            raise ExportMismatch(
+                f"The graph of the tokenizer for {settings.backend} is not the tokenizer: {check.detail}.",
+                "Nothing was written. Leave --tokenizer-graph out: the artifact carries the tokenizer all the same.",
+            )
         raise ExportMismatch(
             f"The exported {settings.backend} {settings.precision} program is not the model: "
             f"{check.name}: {check.detail}.",
             "Nothing was written. Try another --precision; if float32 fails too, please report it.",
         )
+
+
+def _compiled_otherwise(manifest: Manifest, runner: Runner) -> list[str]:
+    """What to say of properties that the runtime here does not heed, as a CPU without float16 does not."""
+    found = {name: runner.properties.get(name, wanted) for name, wanted in manifest.compile_properties.items()}
+    return [
+        f"this machine's runtime compiles {name}={found[name]} where {wanted} was asked for"
+        for name, wanted in manifest.compile_properties.items()
+        if found[name] != wanted
+    ]
 
 
 def _few_rows(settings: ExportSettings, rows: int) -> list[str]:

@@ -18,8 +18,8 @@ from ..exporters.settings import CALIBRATED, ExportSettings, Precision
 from ..files import check_output_folder, staged_folder
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
-from ..validate.latency import BenchSettings, BenchSubject, bench, speedup
-from .exporting import export_checked, fit_to_model, measure_floor, require_numbers
+from ..validate.latency import BenchSettings, BenchSubject, Speedup, bench, speedup
+from .exporting import export_checked, fit_to_model, measure_floor, refuse_unlike_tokenizer, require_numbers
 from .progress import SILENT, Progress
 
 DEFAULT_FLOOR = 0.99
@@ -74,6 +74,7 @@ def export_fastest(
     require_numbers(checkpoint)
     check_output_folder(out, overwrite)
     settings = fit_to_model(settings.model_copy(update={"floor": settings.floor or DEFAULT_FLOOR}), checkpoint)
+    refuse_unlike_tokenizer(checkpoint, settings, calibration, progress)
     floor = measure_floor(checkpoint, validation, settings, progress)
     with TemporaryDirectory(prefix="limbeck-") as place:
         attempts, held = [], []
@@ -154,7 +155,7 @@ def _timed(held: Sequence[Precision], place: Path, settings: ExportSettings, pro
             speedup=ratios[name].point,
             speedup_low=ratios[name].low,
             size_mb=artifact_size(place / name) / 1e6,
-            outcome=_outcome(name, base, chosen, ratios[name].low or 0.0),
+            outcome=_outcome(name, base, chosen, ratios[name]),
         )
         for name in held
     ]
@@ -165,9 +166,11 @@ def _quality(artifact: Path) -> str | None:
     return next(floors, None)
 
 
-def _outcome(name: str, base: str, chosen: str, low: float) -> str:
+def _outcome(name: str, base: str, chosen: str, ratio: Speedup) -> str:
     if name == chosen:
         return "chosen"
-    if name == base:
+    if name == base or (ratio.low or 0.0) > 1.0:
         return f"slower than {chosen}"
-    return f"slower than {chosen}" if low > 1.0 else f"not faster than {base} beyond the noise"
+    if ratio.high is not None and ratio.high < 1.0:
+        return f"slower than {base}"
+    return f"not faster than {base} beyond the noise"

@@ -48,6 +48,8 @@ class Export(RecipePart):
     sparsity: Literal["2:4"] | None = None
     shapes: ShapeRange = ShapeRange()
     calibration_samples: int = Field(300, ge=1)
+    tokenizer_graph: bool = False
+    """Whether the tokenizer is written as a graph too (openvino-tokenizers, onnxruntime-extensions)."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The backend's own (`limbeck backends NAME` lists them)."""
     baseline: bool = False

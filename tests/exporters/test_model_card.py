@@ -59,6 +59,7 @@ class Case:
     backend: str
     precision: str = "fp32"
     shapes: ShapeRange = SMALL
+    tokenizer_graph: bool = False
     uneven: bool = False
     """Its layers differ in size."""
 
@@ -71,18 +72,21 @@ CASES = [
     Case("bert", "text-classification", "onnx", uneven=True),
     Case("distilbert", "token-classification", "onnx", "fp16"),
     Case("bert", "sentence-similarity", "onnx"),
-    Case("roberta", "fill-mask", "onnx", "int8"),
-    Case("gpt2", "text-generation", "onnx", shapes=STATIC),
-    Case("electra", "text-classification", "openvino", "bf16"),
-    Case("bert", "token-classification", "openvino", shapes=STATIC),
-    Case("mpnet", "sentence-similarity", "openvino", "int8"),
-    Case("bert", "fill-mask", "openvino", "fp16", uneven=True),
+    Case("roberta", "fill-mask", "onnx", "int8", tokenizer_graph=True),
+    Case("gpt2", "text-generation", "onnx", shapes=STATIC, tokenizer_graph=True),
+    Case("electra", "text-classification", "onnx", tokenizer_graph=True),
+    Case("electra", "text-classification", "openvino", "bf16", tokenizer_graph=True),
+    Case("bert", "token-classification", "openvino", shapes=STATIC, tokenizer_graph=True),
+    Case("mpnet", "sentence-similarity", "openvino", "int8", tokenizer_graph=True),
+    Case("bert", "fill-mask", "openvino", "fp16", uneven=True, tokenizer_graph=True),
     Case("llama", "text-generation", "openvino", "native"),
     Case("distilbert", "text-classification", "tensorrt", "fp16"),
 ]
 
 
 PLAIN = CASES[2]
+NUMBERED = ("token-classification", "fill-mask", "text-generation")
+"""Tasks whose programs without transformers print what is read otherwise."""
 
 
 @pytest.fixture(scope="module")
@@ -92,17 +96,22 @@ def calibration(tmp_path_factory: pytest.TempPathFactory, texts: list[str], writ
 
 @pytest.fixture(scope="module")
 def artifact(
-    tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory, calibration: Path
+    tiny_checkpoint: TinyCheckpoint,
+    readable_checkpoint: TinyCheckpoint,
+    tmp_path_factory: pytest.TempPathFactory,
+    calibration: Path,
 ) -> Callable[[Case], Path]:
     """`artifact(case)`: made once; do not write into it."""
 
     @functools.cache
     def make(case: Case) -> Path:
-        checkpoint = load_checkpoint(tiny_checkpoint(case.family, task=case.task), case.task)
+        source = readable_checkpoint if case.tokenizer_graph and case.backend == "onnx" else tiny_checkpoint
+        checkpoint = load_checkpoint(source(case.family, task=case.task), case.task)
         if case.uneven:
             checkpoint = uneven(checkpoint)
         settings = ExportSettings.model_validate(
             {"backend": case.backend, "precision": case.precision, "shapes": case.shapes}
+            | {"tokenizer_graph": case.tokenizer_graph}
         )
         rows = checkpoint.read(calibration) if case.precision == "int8" else None
         out = tmp_path_factory.mktemp("artifacts") / case.name
@@ -176,9 +185,12 @@ def test_the_cards_programs_run_without_limbeck_and_answer_as_it_does(
     folder = artifact(case)
     expected = answer(case, folder)
     found = programs(folder)
-    assert len(found) == (1 if case.backend == "tensorrt" else 2)
+    assert len(found) == (1 if case.backend == "tensorrt" else 2) + case.tokenizer_graph
+    assert ("transformers" in imports_of(found[-1])) != case.tokenizer_graph
     printed_by = run_alone(found, folder, tmp_path)
     assert len(printed_by) == len(found)
+    if case.tokenizer_graph and case.task in NUMBERED:
+        assert read_by_people(case, folder, printed_by.pop()) == expected
     for printed in printed_by:
         if case.task == "sentence-similarity":
             assert float(printed) == pytest.approx(float(expected), abs=0.002)
@@ -191,6 +203,24 @@ def test_the_cards_programs_run_without_limbeck_and_answer_as_it_does(
     if case.backend == "openvino" and case.precision != "native":
         hint = json.loads((folder / "manifest.json").read_text())["compile_properties"]["INFERENCE_PRECISION_HINT"]
         assert all(f'"INFERENCE_PRECISION_HINT": "{hint}"' in program for program in found)
+
+
+def read_by_people(case: Case, folder: Path, printed: str) -> str:
+    """What a program without transformers prints, in the words of those with it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if case.task != "token-classification":
+        return str(tokenizer.decode([int(printed)])).strip()
+    words = ["Anna", "and", "Peter", "opened", "a", "bakery", "in", "Prague", "."]
+    of_token, labels = tokenizer("Anna and Peter opened a bakery in Prague.").word_ids(), ast.literal_eval(printed)
+    assert len(labels) == len(of_token)
+    found = [labels[of_token.index(place)] for place in range(len(words))]
+    return "\n".join(f"{word} {label}" for word, label in zip(words, found, strict=True) if label != "O")
+
+
+def imports_of(program: str) -> set[str]:
+    nodes = list(ast.walk(ast.parse(program)))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
 
 
 def test_limbeck_is_out_of_reach_of_the_programs(tmp_path: Path) -> None:
