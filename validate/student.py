@@ -19,8 +19,8 @@ class Descent:
 
 
 def find_student(manifest: Manifest, given: str | Path | None = None) -> Descent:
-    """The checkpoint that an artifact was exported from: the one that is given, or the one that its manifest names, where
-    that still lies there unchanged. A manifest comes from anybody, so only local folders are looked at.
+    """The checkpoint that an artifact was exported from: the one that is given, or the one that its manifest names,
+    where that still lies there unchanged. A manifest comes from anybody, so only local folders are looked at.
 
     Raises:
         InputError: the checkpoint that is given is another one.
