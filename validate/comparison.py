@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import UsageError, did_you_mean
+from .drafts import MetricDraft, by_jackknife, newcombe_of
 from .headline import headline_metric
 from .measurement import Standard
 from .predictions import Predictions
-from .quality import MetricDraft, by_jackknife, metric_drafts
-from .statistics import Interval, bootstrap_interval, grouped_jackknife_interval, newcombe_interval
+from .quality import metric_drafts
+from .statistics import Interval, bootstrap_interval, grouped_jackknife_interval
 
 _RESAMPLES = 2000
 _GROUPS = 20
@@ -23,7 +24,8 @@ def chosen_metric(standard: Standard, metric: str | None = None) -> tuple[str, f
     Raises:
         UsageError: a metric that these rows do not give.
     """
-    found = {figure.name: figure for figure in _all_figures(standard.predictions, standard)}
+    figures = _all_figures(standard.predictions, standard)
+    found = {figure.name: figure for figure in figures if figure.interval is not None}
     if metric is not None and metric not in found:
         raise UsageError(
             f"There is no metric {metric!r}; on {standard.data_name} there are {', '.join(found)}."
@@ -37,7 +39,8 @@ def metric_interval(metric: str, runs: Sequence[Predictions], standard: Standard
     """The metric and its 95 % interval; of several runs (seeds) the mean, over which only examples are drawn again: it
     says how far other examples would move the figure, not how far other seeds would."""
     figures = [_figure(metric, run, standard) for run in runs]
-    return figures[0].interval(figures[0]) if len(figures) == 1 else _drawn_again(figures, [])
+    only = figures[0].interval if len(figures) == 1 else None
+    return only(figures[0]) if only else _drawn_again(figures, [])
 
 
 def paired_difference(
@@ -52,9 +55,7 @@ def paired_difference(
     ours, theirs = ([_figure(metric, run, standard) for run in side] for side in (runs, others))
     shares = ours[0].rows.dtype == bool
     if shares and (len(ours) == len(theirs) == 1 or _alike(ours, theirs)):
-        left, right = ours[0].rows, theirs[0].rows
-        counts = (left & right, left & ~right, ~left & right, ~left & ~right)
-        return newcombe_interval(*(int(count.sum()) for count in counts))
+        return newcombe_of(ours[0].rows, theirs[0].rows, ours[0].clusters)
     return _drawn_again(ours, theirs)
 
 

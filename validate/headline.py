@@ -14,7 +14,11 @@ HEADLINE_METRICS: Mapping[str, tuple[str, ...]] = {
 }
 """The metric that stands for a task's quality: the first of these that the data allow."""
 _ACROSS_TASKS = ("spearman", "recall_at_1", "f1", "accuracy", "perplexity", "agreement_spearman", "flip_rate")
-_LOWER_IS_BETTER = frozenset({"flip_rate", "kl_mean", "ece", "brier", "perplexity", "perplexity_ratio"})
+_LOWER_IS_BETTER = frozenset({
+    "flip_rate", "kl_mean", "js_mean", "probability_difference_max", "logit_difference_max",
+    "similarity_difference_max", "ece", "ece_equal_width", "brier", "nll", "nll_difference", "perplexity",
+    "perplexity_ratio",
+})  # fmt: skip
 
 
 def headline_metric(task: str, scores: Mapping[str, float]) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from .drafts import MetricDraft, by_bootstrap, by_newcombe, by_wilson
 from .predictions import Predictions
-from .quality import MetricDraft, by_bootstrap, by_newcombe, by_wilson
 from .retrieval import unit
 
 Moved = tuple[Predictions, Predictions]

@@ -222,6 +222,7 @@ def _with_quality(candidate: Candidate, answer: Answer, standard: Standard) -> C
     found = {
         "metrics": quality.metrics,
         "reliability": quality.reliability,
+        "temperature": quality.temperature,
         "slices": slices,
         "changed": most_changed(standard, answers),
         "checks": [*candidate.checks, *checks],

@@ -24,8 +24,8 @@ SCHEMA_VERSION: Final = 1
 REPORT_FILE = "report.json"
 
 __all__ = ["Candidate", "ChangedExample", "Check", "Curve", "Gate", "GateResult", "Latency", "LayerSimilarity",
-           "LayerWidths", "Metric", "ReliabilityBin", "Report", "Slice", "Step", "load_report",
-           "save_report"]  # fmt: skip
+           "LayerWidths", "Metric", "ReliabilityBin", "Report", "Slice", "Step", "Temperature",
+           "load_report", "save_report"]  # fmt: skip
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 REFERENCE_WORDS: Final = {"teacher": "the teacher's", "previous": "the previous"}
@@ -49,7 +49,8 @@ class _Growing(BaseModel):
 
 class Metric(_Record):
     """One number about a candidate. `low` and `high` are the ends of its 95% interval, `count` the examples behind it,
-    `teacher` the teacher's value of the same metric; `name` is what gates name."""
+    `teacher` the teacher's value of the same metric; `name` is what gates name. `p_value` is that of no difference to
+    the teacher, where there is an exact test of it."""
 
     name: str
     value: float
@@ -61,6 +62,7 @@ class Metric(_Record):
     higher_is_better: bool
     description: str
     data: str | None = None
+    p_value: float | None = Field(default=None, ge=0, le=1)
 
     @model_validator(mode="after")
     def _interval_in_order(self) -> Self:
@@ -117,6 +119,20 @@ class ReliabilityBin(_Record):
     count: int = Field(ge=0)
 
 
+class Temperature(_Record):
+    """A number to divide a candidate's logits by, after which its probabilities are better. What it brings was measured
+    on examples that it was not fitted on: negative log-likelihood (nats; `gain_low` and `gain_high` are the ends of the
+    95% interval of its fall) and expected calibration error (bins of equal mass), before and after."""
+
+    value: float = Field(gt=0)
+    nll_before: float
+    nll_after: float
+    gain_low: float
+    gain_high: float
+    ece_before: float
+    ece_after: float
+
+
 class Slice(_Record):
     """A part of the rows, or rows beside them, with metrics of its own: those of the whole, and for perturbed rows
     `invariance`. `note` says what of it cannot be judged, and why."""
@@ -169,6 +185,8 @@ class Candidate(_Growing):
     checks: list[Check] = []
     latencies: list[Latency] = []
     reliability: list[ReliabilityBin] = []
+    temperature: Temperature | None = None
+    """Suggested where it is sure to make probabilities better."""
     slices: list[Slice] = []
     changed: list[ChangedExample] = []
     """The examples whose answers left the teacher's furthest, the furthest first."""

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import InputError
+from .drafts import MetricDraft, newcombe_of
 from .headline import headline_metric, higher_is_better
 from .measurement import Standard
 from .predictions import Predictions
-from .quality import MetricDraft, metric_drafts
+from .quality import metric_drafts
 from .sensitivity_report import loss_of
-from .statistics import grouped_jackknife_interval, newcombe_interval
+from .statistics import grouped_jackknife_interval
 
 DRIFT_METRICS = {
     "sentence-similarity": "cosine_mean",
@@ -96,9 +97,7 @@ class CutScorer:
         if n < 2 or (ours.name == "agreement_spearman" and n > _MOST_TEXTS_OF_PAIRS):
             return None, None
         if ours.rows.dtype == bool:
-            left, right = ours.rows, uncut.rows
-            counts = (left & right, left & ~right, ~left & right, ~left & ~right)
-            found = newcombe_interval(*(int(count.sum()) for count in counts))
+            found = newcombe_of(ours.rows, uncut.rows, ours.clusters)
         else:
             try:
                 found = grouped_jackknife_interval(

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from ..models.data import Data
+from .drafts import MetricDraft
 from .invariance import invariance_drafts
 from .predictions import Predictions, broken
-from .quality import MetricDraft, metric_drafts
+from .quality import metric_drafts
 from .report import Check, Metric, Slice
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ one example stay together, so a comparison of two models on the same examples is
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,8 @@ from ..errors import InputError, UsageError
 
 Values = NDArray[np.float64]
 Statistic = Callable[[Values], float]
+OfCounts = Callable[[Values], Values]
+"""A statistic of how often each example was drawn: float64 [draws, examples] -> [draws]. A count may be 0."""
 
 _QUANTILES_A_UNIT = 256
 _JACKKNIFE_GROUPS = 200
@@ -57,6 +60,7 @@ def bootstrap_interval(
     resamples: int = 2000,
     seed: int = 0,
     confidence: float = 0.95,
+    of_counts: OfCounts | None = None,
 ) -> Interval:
     """The BCa bootstrap interval of any statistic of the examples.
 
@@ -71,7 +75,9 @@ def bootstrap_interval(
 
     Args:
         values_by_example: [examples] or [examples, columns]; a row is drawn whole.
-        statistic: of rows drawn with replacement, same shape as `values_by_example`; in any unit.
+        statistic: of rows drawn with replacement, same shape as `values_by_example`; in any unit. Their order must not
+            matter to it.
+        of_counts: the same statistic, of many draws at once, where there is a quicker way to it than row by row.
 
     Raises:
         InputError: fewer than 2 examples, or the statistic is not a finite number on them.
@@ -83,31 +89,40 @@ def bootstrap_interval(
     point = float(statistic(values))
     if not math.isfinite(point):
         raise InputError(f"The statistic is {point} on these {len(values)} examples, so it has no interval.")
-    drawn = _resampled(values, statistic, resamples, seed)
+    of_counts = of_counts or functools.partial(_of_drawn, values, statistic)
+    drawn = np.concatenate([of_counts(counts) for counts in _draws(len(values), resamples, seed)])
     drawn = drawn[np.isfinite(drawn)]  # a resample can be degenerate, as a rank correlation of equal values is
     if len(drawn) == 0:
         raise InputError(f"The statistic is undefined on every resample of these {len(values)} examples.")
-    low, high, method = _bca_tails(drawn, point, values, statistic, confidence)
+    low, high, method = _bca_tails(drawn, point, len(values), of_counts, confidence)
     lower, upper = np.quantile(drawn, [low, high])
     return _interval(point, float(lower), float(upper), confidence, method)
 
 
-def _resampled(values: Values, statistic: Statistic, resamples: int, seed: int) -> Values:
-    random, n = np.random.default_rng(seed), len(values)
-    return np.array([float(statistic(values[random.integers(0, n, n)])) for _ in range(resamples)])
+def _draws(n: int, resamples: int, seed: int) -> Iterator[Values]:
+    """How often each of n examples was drawn, [some draws, n] at a time."""
+    random = np.random.default_rng(seed)
+    at_once = max(1, _DRAWN_AT_ONCE // n)
+    for start in range(0, resamples, at_once):
+        many = range(min(at_once, resamples - start))
+        yield np.array([np.bincount(random.integers(0, n, n), minlength=n) for _ in many], dtype=np.float64)
 
 
-def _bca_tails(
-    drawn: Values, point: float, values: Values, statistic: Statistic, confidence: float
-) -> tuple[float, float, str]:
+def _of_drawn(values: Values, statistic: Statistic, counts: Values) -> Values:
+    return np.array([float(statistic(np.repeat(values, each, axis=0))) for each in counts.astype(np.int64)])
+
+
+def _bca_tails(drawn: Values, point: float, n: int, of_counts: OfCounts, confidence: float) -> tuple[float, float, str]:
     """Which quantiles of the bootstrap distribution bound the interval, and by which method."""
     tail = (1.0 - confidence) / 2.0
     plain = (tail, 1.0 - tail, "bootstrap, percentile")
     below = float(np.mean(drawn < point) + np.mean(drawn == point) / 2.0)  # ties count half, as in SciPy
     if not 0.0 < below < 1.0 or np.ptp(drawn) == 0.0:
         return plain
-    members = _groups(len(values), min(len(values), _JACKKNIFE_GROUPS), seed=0)
-    without = np.array([float(statistic(values[members != group])) for group in range(int(members.max()) + 1)])
+    groups = min(n, _JACKKNIFE_GROUPS)
+    members, at_once = _groups(n, groups, seed=0), max(1, _DRAWN_AT_ONCE // n)
+    left_out = [np.arange(groups)[start : start + at_once, None] for start in range(0, groups, at_once)]
+    without = np.concatenate([of_counts((members != some).astype(np.float64)) for some in left_out])
     away = without.mean() - without
     spread = float(np.sum(away**2)) ** 1.5
     if not math.isfinite(spread) or spread == 0.0:
@@ -222,7 +237,9 @@ def _groups(n: int, groups: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng(seed).permutation(np.arange(n, dtype=np.int64) % groups)
 
 
-def newcombe_interval(both: int, only_first: int, only_second: int, neither: int, confidence: float = 0.95) -> Interval:
+def newcombe_interval(
+    both: float, only_first: float, only_second: float, neither: float, confidence: float = 0.95
+) -> Interval:
     """The interval of a paired difference of two proportions, first minus second: accuracy on the same examples, flips.
 
     Newcombe, "Improved confidence intervals for the difference between binomial proportions based on paired data",
@@ -230,7 +247,8 @@ def newcombe_interval(both: int, only_first: int, only_second: int, neither: int
     their (continuity-corrected) correlation. It has a width even when nothing flipped, which a bootstrap has not.
 
     Args:
-        both, only_first, only_second, neither: how many examples both, one or none of the two got right.
+        both, only_first, only_second, neither: how many examples both, one or none of the two got right; not whole
+            numbers where examples that are not independent count as fewer (`drafts.design_effect`).
 
     Raises:
         UsageError: a negative count, or no examples.
@@ -250,7 +268,7 @@ def newcombe_interval(both: int, only_first: int, only_second: int, neither: int
     return Interval(difference, max(difference - below, -1.0), min(difference + above, 1.0), confidence, "Newcombe 10")
 
 
-def bonett_price_interval(both: int, only_first: int, only_second: int, confidence: float = 0.95) -> Interval:
+def bonett_price_interval(both: float, only_first: float, only_second: float, confidence: float = 0.95) -> Interval:
     """The interval of a paired ratio of two proportions, first over second: what is kept of an accuracy on the same
     examples. Those that neither got right say nothing of a ratio.
 
@@ -276,12 +294,12 @@ def bonett_price_interval(both: int, only_first: int, only_second: int, confiden
     return _interval(first / second, low / highest, high / lowest, confidence, "Bonett-Price")
 
 
-def _wilson_limits(successes: int, n: int, z: float) -> tuple[float, float]:
+def _wilson_limits(successes: float, n: float, z: float) -> tuple[float, float]:
     middle, reach = 2 * successes + z * z, z * math.sqrt(z * z + 4 * successes * (1 - successes / n))
     return (middle - reach) / (2 * (n + z * z)), (middle + reach) / (2 * (n + z * z))
 
 
-def _corrected_phi(both: int, only_first: int, only_second: int, neither: int) -> float:
+def _corrected_phi(both: float, only_first: float, only_second: float, neither: float) -> float:
     """Correlation of the two outcomes, its numerator drawn towards 0 by half the sample where it is positive."""
     n = both + only_first + only_second + neither
     scale = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
@@ -291,7 +309,7 @@ def _corrected_phi(both: int, only_first: int, only_second: int, neither: int) -
     return (max(product - n / 2.0, 0.0) if product > 0.0 else product) / math.sqrt(scale)
 
 
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
+def wilson_interval(successes: float, n: float, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of one proportion: Wilson, "Probable inference", JASA 22 (1927).
 
     Raises:
