@@ -51,7 +51,7 @@ class MetricDraft:
         interval = self.interval(self) if self.interval else None
         return Metric(
             name=self.name,
-            value=interval.point if interval else self.point,
+            value=self.point,
             low=interval.low if interval else None,
             high=interval.high if interval else None,
             unit=self.unit,

@@ -28,6 +28,11 @@ def figures(quality: Quality) -> dict[str, Metric]:
     return {metric.name: metric for metric in quality.metrics}
 
 
+def of_many(found: dict[str, Metric]) -> list[Metric]:
+    """All but the largest and the least, which have no interval."""
+    return [metric for name, metric in found.items() if not name.endswith(("_max", "_min"))]
+
+
 def rows_of(*rows: Any) -> np.ndarray:
     array = np.empty(len(rows), dtype=object)
     for i, row in enumerate(rows):
@@ -178,7 +183,8 @@ def test_identical_answers_never_flip_and_the_interval_says_how_sure_that_is() -
         assert (flips.value, flips.low, flips.higher_is_better) == (0, 0, False)
         assert flips.high == pytest.approx(high, abs=1e-4)  # Wilson: z^2 / (n + z^2)
         assert found["kl_mean"].value == pytest.approx(0, abs=1e-12)
-    assert set(found) == {"flip_rate", "kl_mean"}  # nothing to be right or wrong about
+    # nothing to be right or wrong about
+    assert set(found) == {"flip_rate", "kl_mean", "js_mean", "probability_difference_max", "logit_difference_max"}
 
 
 def test_classification_by_hand() -> None:
@@ -197,7 +203,7 @@ def test_classification_by_hand() -> None:
     assert found["brier"].teacher == pytest.approx((0.14 + 0.06 + 0.54 + 0.86) / 4)
     assert brier_score(q, LABELS) == pytest.approx(found["brier"].value)
     assert not found["ece"].higher_is_better and found["accuracy"].higher_is_better
-    for metric in found.values():
+    for metric in of_many(found):
         assert metric.low is not None and metric.high is not None
         assert metric.low <= metric.value <= metric.high
     assert sum(one.count for one in quality.reliability) == 4
@@ -207,7 +213,14 @@ def test_tokens_are_counted_one_by_one() -> None:
     teacher, student = rows_of(TEACHER[:1], TEACHER[1:]), rows_of(STUDENT[:1], STUDENT[1:])
     by_token = measure_quality("token-classification", {"logits": teacher}, {"logits": student}, LABELS, "d")
     by_text = measure_quality("text-classification", {"logits": TEACHER}, {"logits": STUDENT}, LABELS, "d")
-    assert by_token == by_text
+    of_tokens, of_texts = figures(by_token), figures(by_text)
+    assert {name for name in of_tokens.keys() ^ of_texts.keys() if not name.startswith("exact_match")} == {
+        "macro_f1", "macro_f1_difference"
+    }  # fmt: skip
+    for name in of_tokens.keys() & of_texts.keys():
+        assert of_tokens[name].value == pytest.approx(of_texts[name].value)
+        assert (of_tokens[name].count, of_tokens[name].teacher) == (4, of_texts[name].teacher)
+    assert by_token.reliability == by_text.reliability
 
 
 def test_a_teacher_that_is_never_right_has_nothing_to_keep() -> None:
@@ -294,7 +307,7 @@ def test_entity_f1_by_hand() -> None:
     assert found["f1_difference"].value == pytest.approx(-1 / 4)
     assert found["f1"].count == 4  # entities there are
     assert found["accuracy"].value == pytest.approx(8 / 11)
-    for metric in found.values():
+    for metric in of_many(found):
         assert metric.low is not None and metric.high is not None and metric.low <= metric.value <= metric.high
     plain = figures(measure_quality("token-classification", *sides, labels, "d", label_names=["O", *"ABCD"]))
     assert "f1" not in plain and plain["accuracy"] == found["accuracy"]
@@ -344,8 +357,10 @@ def test_identical_language_models_agree_with_an_interval() -> None:
     rows = [generator.exponential(size=n) for n in (3, 9, 1, 5, 7, 2)]
     side = {"nll": rows_of(*rows), "top_token": rows_of(*(np.arange(len(row)) for row in rows))}
     found = figures(measure_quality("text-generation", side, side, None, "d"))
-    for name in ("perplexity_ratio", "token_agreement"):
-        assert found[name].value == found[name].low == found[name].high == 1
+    assert found["perplexity_ratio"].value == found["perplexity_ratio"].low == found["perplexity_ratio"].high == 1
+    agreement = found["token_agreement"]  # a share, whose interval has a width even where nothing differs
+    assert agreement.value == agreement.high == 1
+    assert agreement.low == pytest.approx(27 / (27 + stats.norm.ppf(0.975) ** 2))
     assert found["perplexity"].low < found["perplexity"].value < found["perplexity"].high  # type: ignore[operator]
 
 
@@ -373,7 +388,7 @@ def test_scores_are_the_points_of_what_is_measured(vectors: np.ndarray) -> None:
     for task, teacher, candidate, references, more, headline, alone in asked:
         measured = figures(measure_quality(task, teacher, candidate, references, "d", **more))
         points = score(task, teacher, candidate, references, **more)
-        assert points == {name: metric.value for name, metric in measured.items()}
+        assert points == pytest.approx({name: metric.value for name, metric in measured.items()}, rel=1e-12)
         assert headline_metric(task, points) == headline
         for name, metric in measured.items():
             assert metric.higher_is_better == higher_is_better(name)
