@@ -15,6 +15,11 @@ _FINGERPRINT = re.compile(r"\bfingerprint ([0-9a-f]+)")
 _SLICE = re.compile(r", slice (.+): \d+ rows, fingerprint")
 _OF_THE_MACHINE = ("latency_", "speedup_", "cold_start_", "peak_memory_", "energy_")
 _OF_THE_ARTIFACT = ("size_mb", "parameters")
+_TO_THE_TEACHER = re.compile(
+    r"(_kept|_difference|_ratio|_difference_max|_agreement)$|^(agreement_|speedup_)|"
+    r"^(flip_rate|kl_mean|js_mean|cosine_mean|cosine_min)$"
+)
+"""Names of metrics that hold a candidate against its teacher."""
 _CPU_FACTS = ("name", "cpus", "instruction_sets")
 
 
@@ -45,6 +50,8 @@ class Comparability:
         """Why this metric of two candidates, or of a slice of both, cannot be compared (`other data`), or `None`."""
         if metric in _OF_THE_ARTIFACT:
             return None
+        if self.other_teacher and _TO_THE_TEACHER.search(metric):
+            return "another teacher"
         if metric.startswith(_OF_THE_MACHINE):
             other_call = bool(old.latencies and new.latencies) and _call_of(old) != _call_of(new)
             return self.other_machine or ("other sizes or threads" if other_call else None)
@@ -56,6 +63,13 @@ class Comparability:
         if _cpu(self.old) != _cpu(self.new):
             return "another CPU"
         return "another GPU" if _gpus(self.old) != _gpus(self.new) else None
+
+    @property
+    def other_teacher(self) -> bool | None:
+        """Whether the two have different teachers; `None` where a report does not say: those of an earlier limbeck
+        have no hash of it."""
+        hashes = [side.teacher.checkpoint_hash if side.teacher else None for side in (self.old, self.new)]
+        return None if None in hashes else hashes[0] != hashes[1]
 
     def _other_data(self, name: str | None) -> bool:
         """Of the whole, or of the slice of that name."""
@@ -78,9 +92,11 @@ class Comparability:
 
     def _of_the_teacher(self) -> Iterator[Difference]:
         old, new = self.old.teacher, self.new.teacher
-        if old and new and (old.path, old.parameters) != (new.path, new.parameters):
-            was, now = (f"{side.path}, {side.parameters or 0:,} parameters" for side in (old, new))
-            yield from _told("teacher", was, now, "agreement and what is kept are to another model")
+        if old is None or new is None or self.other_teacher is False:
+            return
+        known = self.other_teacher is True
+        effect = "agreement and what is kept " + ("cannot be compared" if known else "are to another model")
+        yield from _told("teacher", _teacher_words(old, known), _teacher_words(new, known), effect)
 
     def _of_versions(self) -> Iterator[Difference]:
         old, new = (_mapping(report.environment, "versions") for report in (self.old, self.new))
@@ -128,6 +144,11 @@ def _cpu_words(facts: dict[str, Any]) -> str:
     sets = facts.get("instruction_sets")
     words = [str(facts.get("name", "")), f"{facts['cpus']} CPUs" if "cpus" in facts else ""]
     return ", ".join(filter(None, [*words, " ".join(map(str, sets)) if isinstance(sets, list) else ""]))
+
+
+def _teacher_words(teacher: Candidate, hashed: bool) -> str:
+    words = f"{teacher.path}, {teacher.parameters or 0:,} parameters"
+    return f"{words}, hash {(teacher.checkpoint_hash or '')[:16]}" if hashed else words
 
 
 def _gpus(report: Report) -> list[str]:

@@ -1,9 +1,4 @@
-"""Gates: limits read from YAML, and the verdict that statistics allow on each.
-
-A metric with a 95% interval passes when its whole interval is on the right side of the limit, fails when its whole
-interval is on the wrong side, and is inconclusive otherwise: a point against a threshold would be a coin toss there.
-Tightening a gate can therefore only ever make its verdict worse.
-"""
+"""Gates: limits read from YAML, held against every candidate that they mean, and what comes of the verdicts."""
 
 from __future__ import annotations
 
@@ -19,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from ..errors import GateFailed, GateInconclusive, InputError
+from .judging import Standing, judge
 from .relative import References, compare
 from .report import (
     Candidate,
@@ -27,18 +23,14 @@ from .report import (
     Metric,
     Report,
     Slice,
-    Verdict,
     describe_problems,
-    exact_number,
-    short_number,
 )
-from .slice_gates import on_slice, slices_of
+from .slice_gates import Judged, on_slice, slices_of, together
 
 __all__ = ["Gate", "GateResult", "apply_gates", "judge", "load_gates", "raise_for_verdict"]
 
 _KEYS = [field.alias or name for name, field in Gate.model_fields.items()]
 _EXAMPLE = "A gate looks like: {metric: spearman_kept, candidate: '*', min: 0.98, why: search quality}."
-_HOPELESS = 1000  # times as many examples: beyond this "collect more data" is no advice
 
 
 def load_gates(path: Path) -> list[Gate]:
@@ -115,8 +107,13 @@ def apply_gates(report: Report, gates: Sequence[Gate], previous: Report | None =
         if gate.slice is None:
             results += [_judge(gate, item, metric, references) for item, metric in _with_metric(gate, matching)]
             continue
-        for candidate, part, metric in slices_of(gate, matching):
-            results.append(on_slice(_judge(gate, candidate, metric, references, part), part))
+        found = slices_of(gate, matching)
+        on_slices = [
+            Judged(candidate.name, part, _judge(gate, candidate, metric, references, part))
+            for candidate, part, metric in found
+        ]
+        each_alone = (on_slice(each.result, each.part) for each in on_slices)
+        results += together(gate, on_slices) if gate.correction else each_alone
     return results
 
 
@@ -154,86 +151,20 @@ def _judge(
         return judge(gate, candidate.name, metric)
     compared = compare(gate, candidate, metric, references, part)
     limits = gate.model_copy(update={"relative_to": None, "as_": "ratio"})  # said of the ratio or difference itself
-    result = judge(limits, candidate.name, compared.metric)
+    equal = 1.0 if gate.as_ == "ratio" else 0.0
+    result = judge(limits, candidate.name, compared.metric, Standing(gate.relative_to, equal))
     verdict, said = result.verdict, f"{compared.lead} {result.reason}"
     if compared.hindrance and math.isfinite(metric.value):
         verdict = "inconclusive"
         said = f"{compared.lead} nothing can be said of it, since the previous was measured on {compared.hindrance}."
     return result.model_copy(
-        update={"gate": gate, "verdict": verdict, "reason": " ".join(filter(None, [said, compared.note]))}
+        update={
+            "gate": gate,
+            "verdict": verdict,
+            "reason": " ".join(filter(None, [said, compared.note])),
+            "hindrance": compared.hindrance,
+        }
     )
-
-
-def judge(gate: Gate, candidate: str, metric: Metric) -> GateResult:
-    """The verdict of one gate on one metric, whatever the gate is relative to. A missing end of the interval is
-    unbounded; without either end the value itself is compared; a value that is not finite always fails."""
-    point = metric.low is None and metric.high is None
-    low = metric.value if point else -math.inf if metric.low is None else metric.low
-    high = metric.value if point else math.inf if metric.high is None else metric.high
-    # judged on the value as well, which an interval that is not centred on it may leave out
-    best, worst = max(high, metric.value), min(low, metric.value)
-    misses_min = gate.min is not None and best < gate.min
-    misses_max = gate.max is not None and worst > gate.max
-    keeps_min = gate.min is None or worst >= gate.min
-    keeps_max = gate.max is None or best <= gate.max
-    verdict: Verdict
-    if not math.isfinite(metric.value):
-        verdict, reason = "fail", f"{_show(metric, gate)} is no figure that can be {gate.limits}."
-    elif misses_min or misses_max:
-        verdict, reason = "fail", f"{_show(metric, gate)} is not {gate.limits}."
-    elif keeps_min and keeps_max:
-        verdict, reason = "pass", f"{_show(metric, gate)} is {gate.limits}."
-    else:
-        verdict = "inconclusive"
-        reason = f"{_show(metric, gate)} may or may not be {gate.limits}; {_examples_to_decide(gate, metric)}."
-    return GateResult(
-        gate=gate,
-        candidate=candidate,
-        observed=metric.value,
-        low=metric.low,
-        high=metric.high,
-        verdict=verdict,
-        reason=reason,
-    )
-
-
-def _show(metric: Metric, gate: Gate) -> str:
-    unit = f" {metric.unit}" if metric.unit else ""
-    value = _apart(metric.value, gate) + unit
-    if metric.low is None and metric.high is None:
-        return value
-    return f"{value} (95% interval {_apart(metric.low, gate)} to {_apart(metric.high, gate)})"
-
-
-def _apart(value: float | None, gate: Gate) -> str:
-    """The value with as many digits as tell it from the limits: "0.95 is not at least 0.95" helps nobody."""
-    limits = (gate.min, gate.max)
-    if value is None or value in limits or not math.isfinite(value):
-        return short_number(value)
-    texts = (short_number(value, digits) for digits in range(4, 16))
-    return next((text for text in texts if float(text.replace(",", "")) not in limits), exact_number(value))
-
-
-def _examples_to_decide(gate: Gate, metric: Metric) -> str:
-    """A rough count of the examples that would decide: the interval's half shrinks with the square root of them."""
-    factor = max(_growth(limit, metric) for limit in (gate.min, gate.max) if limit is not None)
-    if not math.isfinite(factor) or factor > _HOPELESS:
-        return "it lies so near the limit that more examples are unlikely to decide"
-    if metric.count is None:
-        return f"about {short_number(max(factor, 1.1), 2)} times as many examples would decide"
-    more = max(1, math.ceil(metric.count * (factor - 1)))
-    rounded = round(more, -max(0, len(str(more)) - 2))
-    return f"about {rounded:,} more examples (there are {metric.count:,}) would decide"
-
-
-def _growth(limit: float, metric: Metric) -> float:
-    """How many times as many examples would move the interval off `limit`; 1 when it is off already."""
-    distance = abs(metric.value - limit)
-    end = metric.low if metric.value > limit else metric.high
-    if end is None or not distance:
-        return math.inf
-    ratio = abs(metric.value - end) / distance
-    return max(1.0, ratio * ratio)  # a product overflows to infinity, where a power would raise
 
 
 def raise_for_verdict(report: Report) -> None:
@@ -252,12 +183,20 @@ def raise_for_verdict(report: Report) -> None:
             f"{_counted(failed)} failed. {' '.join(failed)}",
             "Do not release this candidate; the report says where the quality or time went.",
         )
-    undecided = [_said(result) for result in report.gates if result.verdict == "inconclusive"]
+    undecided = [result for result in report.gates if result.verdict == "inconclusive"]
     if undecided:
-        raise GateInconclusive(
-            f"{_counted(undecided)} cannot be decided. {' '.join(undecided)}",
-            "Validate on more examples, or move the limit.",
-        )
+        named = [_said(result) for result in undecided]
+        raise GateInconclusive(f"{_counted(named)} cannot be decided. {' '.join(named)}", _way_out(undecided))
+
+
+def _way_out(undecided: Sequence[GateResult]) -> str:
+    """What would decide gates: more examples do not where a reference was measured on something else."""
+    more = "Validate on more examples, or move the limit."
+    hindrances = sorted({result.hindrance for result in undecided if result.hindrance})
+    if not hindrances:
+        return more
+    anew = f"Measure the previous release anew, as this one is measured: it was on {' and '.join(hindrances)}."
+    return anew if all(result.hindrance for result in undecided) else f"{more} {anew}"
 
 
 def _said(result: GateResult) -> str:

@@ -167,6 +167,7 @@ def measure_checkpoint(name: str, checkpoint: Checkpoint, standard: Standard, pr
         backend="torch",
         precision="fp32",
         path=Path(checkpoint.source).name,
+        checkpoint_hash=checkpoint.hash,
         parameters=checkpoint.parameters,
     )
     asked = _Asked(checkpoint.run, checkpoint.tokenizer, checkpoint.max_length, standard, progress)
@@ -182,6 +183,7 @@ def describe_teacher(teacher: Checkpoint) -> Candidate:
         backend="torch",
         precision="fp32",
         path=Path(teacher.source).name,
+        checkpoint_hash=teacher.hash,
         parameters=teacher.parameters,
         size_bytes=size,
     )

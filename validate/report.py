@@ -176,6 +176,8 @@ class Candidate(_Growing):
     precision: str
     path: str
     artifact_id: str | None = None
+    checkpoint_hash: str | None = None
+    """SHA-256 over configuration and weights of a teacher or checkpoint."""
     parameters: int | None = Field(default=None, ge=0)
     size_bytes: int | None = Field(default=None, ge=0)
     unverified: str | None = None
@@ -219,7 +221,14 @@ class Gate(_Record):
       - metric: accuracy_kept
         slice: typos
         min: 0.95
+      - metric: accuracy_difference
+        slice: "topic=*"
+        min: -0.02
+        correction: holm
     ```
+
+    With `correction: holm` all slices that the glob matches are one question, whether some slice got worse than the
+    limit (`slice_gates.together`).
     """
 
     model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True, validate_by_alias=True)
@@ -232,6 +241,7 @@ class Gate(_Record):
     as_: Literal["ratio", "difference"] = Field(default="ratio", alias="as")
     why: str | None = None
     slice: str | None = Field(default=None, min_length=1)
+    correction: Literal["holm"] | None = None
 
     @field_validator("min", "max", mode="before")
     @classmethod
@@ -250,6 +260,11 @@ class Gate(_Record):
             raise ValueError(
                 f"the gate on {self.metric} has as: difference but nothing to differ from; add relative_to: teacher or "
                 "previous"
+            )
+        if self.correction and (self.slice is None or None not in (self.min, self.max)):
+            raise ValueError(
+                f"the gate on {self.metric} has correction: {self.correction}, which is for one limit, min or max, on "
+                "many slices; give slice, a glob such as '*'"
             )
         return self
 
@@ -271,7 +286,8 @@ class Gate(_Record):
 
 class GateResult(_Record):
     """What one gate said of one candidate, or of one `slice` of it: `observed` is the metric, or how it compares with
-    what the gate is relative to; `low` and `high` are the ends of its 95% interval."""
+    what the gate is relative to; `low` and `high` are the ends of its 95% interval. `hindrance` is what makes it
+    undecidable however many examples there are (`another CPU`)."""
 
     gate: Gate
     candidate: str
@@ -281,11 +297,13 @@ class GateResult(_Record):
     high: float | None = None
     verdict: Verdict
     reason: str
+    hindrance: str | None = None
 
     @property
     def asked(self) -> str:
         """The gate as people name it: `accuracy at least 0.9 on typos`."""
-        return f"{self.gate.metric} {self.gate.limits}{f' on {self.slice}' if self.slice else ''}"
+        where = f" on {'every one of ' if self.gate.correction else ''}{self.slice}" if self.slice else ""
+        return f"{self.gate.metric} {self.gate.limits}{where}"
 
 
 class Report(_Growing):

@@ -118,6 +118,30 @@ def test_candidates_are_matched_by_name_then_the_last_two() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("hashes", "meanings", "effects"),
+    [
+        (("aa", "bb"), {"flip_rate": "another teacher", "accuracy_kept": "another teacher", "accuracy": None},
+         ["agreement and what is kept cannot be compared"]),
+        (("aa", "aa"), {"flip_rate": None, "accuracy_kept": None, "accuracy": None}, []),
+        ((None, "bb"), {"flip_rate": None, "accuracy_kept": None, "accuracy": None},
+         ["agreement and what is kept are to another model"]),
+    ],
+)  # fmt: skip
+def test_what_is_held_against_another_teacher_is_not_comparable(
+    hashes: tuple[str | None, str | None], meanings: dict[str, str | None], effects: list[str]
+) -> None:
+    figures = [metric(0.5, name=name) for name in meanings]
+    sides = [
+        report(candidate(*figures), teacher=candidate(name="teacher", kind="teacher", path=path, checkpoint_hash=hashed))
+        for path, hashed in zip(("old", "new"), hashes, strict=True)
+    ]
+    found = compare_reports(*sides)
+    changes = next(item for item in found.candidates if item.name != "teacher").figures
+    assert {change.name: change.why for change in changes} == meanings
+    assert [item.effect for item in found.differences if item.topic == "teacher"] == effects
+
+
 def test_teachers_are_compared_as_teachers() -> None:
     both = [report(candidate(metric(1)), teacher=candidate(metric(value), name=name))
             for name, value in (("big", 1), ("teacher", 2))]  # fmt: skip

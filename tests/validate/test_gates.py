@@ -83,10 +83,11 @@ def test_the_whole_interval_decides(observed: Metric, verdict: str) -> None:
 
 
 def test_the_reason_says_how_many_more_examples_decide() -> None:
-    # the half below the value is 4 times its distance from the limit, so 16 times the examples
+    # the half below the value is 4 times its distance from the limit: 16 times the examples for the interval to touch
+    # it, and (1.96 + 0.84)^2 / 1.96^2 = 2.04 times those to be clear of it four times in five
     told = judge(Gate(metric="accuracy", min=0.9), "a", metric(0.91, 0.87, 0.95, count=100)).reason
-    assert "about 1,500 more examples (there are 100)" in told
-    assert "16 times" in judge(Gate(metric="accuracy", min=0.9), "a", metric(0.91, 0.87, 0.95)).reason
+    assert "about 3,200 more examples (there are 100)" in told
+    assert "33 times" in judge(Gate(metric="accuracy", min=0.9), "a", metric(0.91, 0.87, 0.95)).reason
     assert "unlikely" in judge(Gate(metric="accuracy", min=0.9), "a", metric(0.9, 0.87, 0.95, count=100)).reason
 
 
