@@ -19,9 +19,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
@@ -31,15 +34,19 @@ from limbeck.backends.registry import load_runner
 from limbeck.exporters.settings import ExportSettings
 from limbeck.models.checkpoint import load_checkpoint
 from limbeck.recipes.steps import export
+from limbeck.validate.drafts import MetricDraft, compared_shares, share_figure
+from limbeck.validate.gates import apply_gates, judge
 from limbeck.validate.measurement import examples_for, set_standard
 from limbeck.validate.predictions import Predictions, predict
 from limbeck.validate.quality import metric_drafts
-from limbeck.validate.report import Gate, Metric
+from limbeck.validate.report import Candidate, Gate, Metric, Report, Slice
+from limbeck.validate.statistics import newcombe_interval
 
 SIZES = (300, 1500, 5000)
 SLICES, IN_A_SLICE = 20, 75
-COSTLY = 20
-"""Times fewer samples for intervals by bootstrap."""
+COSTLY = 40
+"""Times fewer samples where an interval is a bootstrap's."""
+MARGINS, FLIPS = (0.01, 0.02, 0.05), (0.01, 0.02, 0.05, 0.1)
 
 
 @dataclass(frozen=True)
@@ -51,26 +58,53 @@ class Population:
     candidate: np.ndarray
     references: np.ndarray
 
-    def metrics(self, rows: np.ndarray, names: Sequence[str]) -> Iterator[Metric]:
-        """The named metrics of these examples, with intervals, as `limbeck validate` measures them."""
-        pairs = self.task == "sentence-similarity"
-        sides = (self._answers(side, rows) for side in (self.teacher, self.candidate))
-        drafts = metric_drafts(self.task, *sides, self.references[rows], (), pairs)
-        return (draft.metric("resampled") for draft in drafts if draft.name in names)
+    @property
+    def size(self) -> int:
+        return len(self.references)
 
-    def _answers(self, side: np.ndarray, rows: np.ndarray) -> Predictions:
-        if self.task == "sentence-similarity":  # first texts, then second ones
-            return {"embedding": np.concatenate([side[rows, 0], side[rows, 1]])}
-        return {"logits": side[rows]}
+    def metric(self, name: str, rows: np.ndarray) -> Metric:
+        """A metric of these examples, with its interval, as `limbeck validate` measures it."""
+        return next(draft for draft in self._drafts(name, rows) if draft.name == name).metric("resampled")
+
+    def value(self, name: str) -> float:
+        """The true value."""
+        return next(draft for draft in self._drafts(name, np.arange(self.size)) if draft.name == name).point
+
+    def _drafts(self, name: str, rows: np.ndarray) -> Iterator[MetricDraft]:
+        if self.task == "sentence-similarity":
+            sides = [{"embedding": np.concatenate([side[rows, 0], side[rows, 1]])} for side in
+                     (self.teacher, self.candidate)]  # fmt: skip
+            return metric_drafts(self.task, *sides, self.references[rows], (), pairs=True)
+        if name.startswith("accuracy"):  # the same drafts, without all that comes before them
+            ours, theirs = (hits[rows] for hits in self._hits)
+            return compared_shares("accuracy", "", ours, theirs)
+        if name == "flip_rate":
+            return iter([share_figure("flip_rate", "", self._flips[rows])])
+        sides = [{"logits": side[rows]} for side in (self.teacher, self.candidate)]
+        return metric_drafts(self.task, *sides, self.references[rows], (), pairs=False)
+
+    @cached_property
+    def _hits(self) -> tuple[np.ndarray, np.ndarray]:
+        ours, theirs = (side.argmax(axis=1) == self.references for side in (self.candidate, self.teacher))
+        return ours, theirs
+
+    @cached_property
+    def _flips(self) -> np.ndarray:
+        return np.asarray(self.candidate.argmax(axis=1) != self.teacher.argmax(axis=1))
+
+    def repeated(self, times: int) -> Population:
+        """The same examples more than once, so that a loss can be planted to a fraction of a percent."""
+        parts = (np.concatenate([side] * times) for side in (self.teacher, self.candidate, self.references))
+        return Population(self.task, *parts)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A gate that people would use, and losses to plant that it should see: the true value of the metric each time."""
+    """A gate that people would use, and true values of its metric, the limit first, that it must not pass."""
 
     gate: Gate
     population: str
-    planted: tuple[float, ...]
+    planted: tuple[float, ...] = ()
     costly: bool = False
 
 
@@ -78,9 +112,9 @@ GATES = (
     Asked(Gate(metric="accuracy_difference", min=-0.02), "classifier", (-0.02, -0.03, -0.04, -0.06)),
     Asked(Gate(metric="accuracy_kept", min=0.97), "classifier", (0.97, 0.96, 0.95, 0.93)),
     Asked(Gate(metric="flip_rate", max=0.05), "classifier", (0.05, 0.06, 0.07, 0.09)),
-    Asked(Gate(metric="nll_difference", max=0.02), "classifier", (), costly=True),
-    Asked(Gate(metric="macro_f1_difference", min=-0.02), "classifier", (-0.02, -0.03, -0.04, -0.06), costly=True),
-    Asked(Gate(metric="spearman_kept", min=0.95), "embedder", (0.95, 0.94, 0.93, 0.9), costly=True),
+    Asked(Gate(metric="nll_difference", max=0.02), "classifier", costly=True),
+    Asked(Gate(metric="macro_f1_difference", min=-0.02), "classifier", (-0.02, -0.03, -0.04), costly=True),
+    Asked(Gate(metric="spearman_kept", min=0.95), "embedder", (0.95, 0.93, 0.9), costly=True),
 )
 
 
@@ -96,11 +130,161 @@ def main() -> None:
         "embedder": kept_answers(chosen.scores / "embedder.npz", lambda: embedder(chosen.data)),
     }
     random = np.random.default_rng(0)
-    false_alarms(populations, chosen.samples, random)
-    misses(populations, chosen.samples // 4, random)
     slices(populations["classifier"], chosen.samples // 8, random)
-    advice(chosen.samples, random)
+    advice(populations["classifier"], chosen.samples, random)
     sizes(chosen.samples, random)
+    for costly in (False, True):
+        gates = [asked for asked in GATES if asked.costly == costly]
+        samples = chosen.samples // (COSTLY if costly else 1)
+        false_alarms(populations, gates, samples, random)
+        misses(populations, gates, samples, random)
+
+
+def verdicts(gate: Gate, population: Population, n: int, samples: int, random: np.random.Generator) -> Counter[str]:
+    """Of samples of n examples, drawn with replacement."""
+    drawn = (random.integers(0, population.size, n) for _ in range(samples))
+    return Counter(judge(gate, "resampled", population.metric(gate.metric, rows)).verdict for rows in drawn)
+
+
+def false_alarms(
+    populations: dict[str, Population], gates: list[Asked], samples: int, random: np.random.Generator
+) -> None:
+    """On the artifact as it is, which keeps every limit."""
+    print(f"\nFalse alarms, {samples:,} verdicts a cell: fail / inconclusive\n")
+    print(f"| gate | true value | {' | '.join(f'{n:,} examples' for n in SIZES)} |\n|---|---|{'---|' * len(SIZES)}")
+    for asked in gates:
+        population, gate = populations[asked.population], asked.gate
+        found = [verdicts(gate, population, n, samples, random) for n in SIZES]
+        cells = (f"{seen['fail'] / samples:.2%} / {seen['inconclusive'] / samples:.1%}" for seen in found)
+        value = population.value(gate.metric)
+        print(f"| {gate.metric} {gate.limits} | {value:.4f} | {' | '.join(cells)} |", flush=True)
+
+
+def misses(populations: Populations, gates: list[Asked], samples: int, random: np.random.Generator) -> None:
+    """On artifacts that lose what their gate just allows, and more."""
+    print(f"\nMisses, {samples // 2:,} verdicts a cell: pass / inconclusive\n")
+    print(f"| gate | true value | {' | '.join(f'{n:,} examples' for n in SIZES)} |\n|---|---|{'---|' * len(SIZES)}")
+    for asked in gates:
+        for wanted in asked.planted:
+            population, gate = planted(populations[asked.population], asked.gate.metric, wanted), asked.gate
+            found = [verdicts(gate, population, n, samples // 2, random) for n in SIZES]
+            cells = (f"{seen['pass'] / seen.total():.2%} / {seen['inconclusive'] / seen.total():.1%}" for seen in found)
+            value = population.value(gate.metric)
+            print(f"| {gate.metric} {gate.limits} | {value:.4f} | {' | '.join(cells)} |", flush=True)
+
+
+def planted(population: Population, metric: str, wanted: float) -> Population:
+    """A population in which the artifact is worse by just so much: answers turned round, or embeddings blurred, as
+    many or as far as it takes (by bisection)."""
+    random = np.random.default_rng(1)
+    if population.task == "text-classification":
+        population = population.repeated(10)
+        right = np.flatnonzero(np.logical_and(*population._hits))
+        order = random.permutation(right)
+
+        def worse(share: float) -> Population:
+            logits = population.candidate.copy()
+            chosen = order[: round(share * len(order))]
+            logits[chosen] = logits[chosen, ::-1]
+            return replace(population, candidate=logits)
+    else:
+        noise = random.normal(0, 1, population.candidate.shape).astype(np.float32)
+
+        def worse(share: float) -> Population:
+            return replace(population, candidate=population.candidate + share * noise * 0.2)
+
+    low, high = 0.0, 1.0
+    for _ in range(18):
+        middle = (low + high) / 2
+        value = worse(middle).value(metric)
+        better = value < wanted if metric == "flip_rate" else value > wanted
+        low, high = (middle, high) if better else (low, middle)
+    return worse(high)
+
+
+def slices(population: Population, samples: int, random: np.random.Generator) -> None:
+    """20 slices of 75 examples that lose nothing beyond the limit, then one of them 15 points: each by itself, and all
+    of them by Holm's method."""
+    at_limit = planted(population, "accuracy_difference", -0.02)
+    lossy = planted(population, "accuracy_difference", -0.17)
+    gates = [Gate(metric="accuracy_difference", min=-0.02, slice="*", correction=how) for how in (None, "holm")]
+    print(f"\nSlices: {SLICES} of {IN_A_SLICE} examples, {samples:,} reports; reports in which some slice fails\n")
+    print("| what is lost | each slice by itself | Holm |\n|---|---|---|")
+    for told, parts in (
+        ("as good as the artifact is", [population] * SLICES),
+        ("every slice loses just the limit of 2 points", [at_limit] * SLICES),
+        ("one slice loses 17 points", [lossy, *[population] * (SLICES - 1)]),
+    ):
+        failed = Counter[str]()
+        for _ in range(samples):
+            candidate = Candidate(
+                name="artifact", kind="artifact", backend="", precision="", path="",
+                slices=[_slice(part, at, random) for at, part in enumerate(parts)],
+            )  # fmt: skip
+            report = Report(kind="validation", title="", created="", command="", candidates=[candidate])
+            for gate in gates:
+                failed[str(gate.correction)] += any(each.verdict == "fail" for each in apply_gates(report, [gate]))
+        print(f"| {told} | {failed['None'] / samples:.1%} | {failed['holm'] / samples:.1%} |", flush=True)
+
+
+def _slice(population: Population, number: int, random: np.random.Generator) -> Slice:
+    rows = random.integers(0, population.size, IN_A_SLICE)
+    metric = population.metric("accuracy_difference", rows)
+    return Slice(name=f"slice {number}", kind="column", count=IN_A_SLICE, metrics=[metric])
+
+
+def advice(population: Population, samples: int, random: np.random.Generator) -> None:
+    """How often a sample of the size that an undecided gate advises is decided, drawn where the true value is what the
+    gate saw; and how far the advice is from the size that decides four times in five."""
+    gate, start = Gate(metric="accuracy_difference", min=-0.02), 300
+    print(f"\nAdvice: {gate.metric} {gate.limits} is undecided at {start} examples\n")
+    print("| true value | undecided | examples advised (quartiles) | needed for 80 % | decided at the median advised |")
+    print("|---|---|---|---|---|")
+    for wanted in (-0.004, -0.008, -0.03, -0.04):
+        world = planted(population, gate.metric, wanted)
+        results = [judge(gate, "", world.metric(gate.metric, random.integers(0, world.size, start))) for _ in
+                   range(samples // 4)]  # fmt: skip
+        undecided = [result for result in results if result.verdict == "inconclusive"]
+        advised = [start + int(found.group(1).replace(",", "")) for result in undecided if
+                   (found := re.search(r"about ([\d,]+) more", result.reason))]  # fmt: skip
+        low, middle, high = (int(size) for size in np.quantile(advised, [0.25, 0.5, 0.75]))
+        decided = 1 - verdicts(gate, world, middle, samples // 8, random)["inconclusive"] / (samples // 8)
+        needed = examples_needed(lambda n, w=world: 1 - verdicts(gate, w, n, 400, random)["inconclusive"] / 400)
+        print(
+            f"| {world.value(gate.metric):.4f} | {len(undecided) / len(results):.0%} | {low:,} / {middle:,} / {high:,} "
+            f"| {needed:,} | {decided:.0%} |",
+            flush=True,
+        )
+
+
+def examples_needed(decided: Callable[[int], float], power: float = 0.8) -> int:
+    """The size from which on at least so many samples are decided, to 3 % or so."""
+    low, high = 30, 60
+    while decided(high) < power and high < 200_000:
+        low, high = high, high * 2
+    while high > 1.03 * low:
+        middle = (low + high) // 2
+        low, high = (low, middle) if decided(middle) >= power else (middle, high)
+    return high
+
+
+def sizes(samples: int, random: np.random.Generator) -> None:
+    """Examples that `accuracy_difference at least -margin` needs to pass nine times in ten, of an artifact that flips
+    so many answers, as often for the better as for the worse, of a teacher that is right nine times in ten."""
+    print("\nExamples needed: an artifact as accurate as its teacher passes nine times in ten\n")
+    print(f"| flips | {' | '.join(f'margin {margin:g}' for margin in MARGINS)} |\n|---|{'---|' * len(MARGINS)}")
+    for flips in FLIPS:
+        shares = np.array([0.9 - flips / 2, flips / 2, flips / 2, 0.1 - flips / 2])
+        cells = []
+        for margin in MARGINS:
+
+            def passed(n: int, shares: np.ndarray = shares, margin: float = margin) -> float:
+                drawn = random.multinomial(n, shares, samples // 4)
+                kept = (newcombe_interval(*map(int, counts)).low >= -margin for counts in drawn)
+                return sum(kept) / (samples // 4)
+
+            cells.append(f"{examples_needed(passed, 0.9):,}")
+        print(f"| {flips:.0%} | {' | '.join(cells)} |", flush=True)
 
 
 # The answers of real models.

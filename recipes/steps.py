@@ -154,8 +154,9 @@ def validate(
     check_builtin(slices.builtin, teacher.task.name)
     opened = {name: open_artifact(folder) for name, folder in artifacts.items()}
     progress.say("teacher")
-    standard = set_standard(teacher, data, progress=progress.advance)
     limit = min([teacher.max_length, *(manifest.max_length for manifest in opened.values())])
+    same_windows = limit if teacher.task.name == "text-generation" else None
+    standard = set_standard(teacher, data, max_length=same_windows, progress=progress.advance)
     standard = with_slices(standard, slices, limit, progress.advance)
     candidates = []
     for name, folder in artifacts.items():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy import sparse
 
 from .calibration import (
     brier_scores,
@@ -30,6 +31,7 @@ from .drafts import (
 )
 from .entities import entity_counts, is_bio, micro_f1
 from .paired_tests import mcnemar_p_value
+from .statistics import OfCounts
 
 
 @dataclass(frozen=True)
@@ -105,27 +107,56 @@ def _macro_f1(ours: Answers, theirs: Answers | None, labels: np.ndarray) -> Iter
     rows = np.column_stack([labels, ours.labels, *([theirs.labels] if theirs is not None else [])])
     reached = macro_f1(rows[:, 2], labels) if theirs is not None else None
     told, n = "mean of the F1 of every class that occurs in the labels or the answers", len(rows)
-    yield MetricDraft("macro_f1", told, rows, lambda r: macro_f1(r[:, 1], r[:, 0]), by_bootstrap, n, teacher=reached)
-    if reached is not None:
-        yield MetricDraft(
-            "macro_f1_difference",
-            "macro_f1 minus the teacher's, same examples",
-            rows,
-            lambda r: macro_f1(r[:, 1], r[:, 0]) - macro_f1(r[:, 2], r[:, 0]),
-            by_bootstrap,
-            n,
-        )
+    yield MetricDraft(
+        "macro_f1",
+        told,
+        rows,
+        lambda drawn: macro_f1(drawn[:, 1], drawn[:, 0]),
+        by_bootstrap,
+        n,
+        teacher=reached,
+        of_counts=_macro_f1_by_count(ours, labels),
+    )
+    if theirs is None:
+        return
+    sides = [_macro_f1_by_count(side, labels) for side in (ours, theirs)]
+    yield MetricDraft(
+        "macro_f1_difference",
+        "macro_f1 minus the teacher's, same examples",
+        rows,
+        lambda drawn: macro_f1(drawn[:, 1], drawn[:, 0]) - macro_f1(drawn[:, 2], drawn[:, 0]),
+        by_bootstrap,
+        n,
+        of_counts=lambda counts: sides[0](counts) - sides[1](counts),
+    )
 
 
 def macro_f1(found: np.ndarray, right: np.ndarray) -> float:
     """The mean over classes of 2 TP / (found + there are), of label ids [n]; classes that occur on neither side do not
     count (as `sklearn.metrics.f1_score(average="macro")`)."""
-    found, right = found.astype(np.int64), right.astype(np.int64)  # a bootstrap draws floats
-    classes = int(max(found.max(), right.max())) + 1
-    there, said = np.bincount(right, minlength=classes), np.bincount(found, minlength=classes)
-    both = np.bincount(right[right == found], minlength=classes)
+    counts = np.ones((1, len(found)))
+    return float(_mean_f1(counts @ _class_columns(found.astype(np.int64), right.astype(np.int64)))[0])
+
+
+def _macro_f1_by_count(side: Answers, labels: np.ndarray) -> OfCounts:
+    columns = _class_columns(side.labels, labels)
+    return lambda counts: _mean_f1(counts @ columns)
+
+
+def _class_columns(found: np.ndarray, right: np.ndarray) -> sparse.csr_array:
+    """A one for each example in the columns of its label, of its answer and of both if they are one: [n, 3 classes]."""
+    n, classes = len(found), int(max(found.max(), right.max())) + 1
+    hits, examples = np.flatnonzero(found == right), np.arange(n)
+    rows = np.concatenate([examples, examples, hits])
+    columns = np.concatenate([right, found + classes, right[hits] + 2 * classes])
+    return sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=(n, 3 * classes))
+
+
+def _mean_f1(sums: np.ndarray) -> np.ndarray:
+    there, said, both = np.split(sums, 3, axis=-1)
     occurs = there + said > 0
-    return float(np.mean(2 * both[occurs] / (there + said)[occurs]))
+    each = np.divide(2 * both, there + said, out=np.zeros(both.shape), where=occurs)
+    return np.asarray(each.sum(axis=-1) / occurs.sum(axis=-1))
 
 
 def _whole_rows(ours: Answers, theirs: Answers | None, labels: np.ndarray, words: np.ndarray) -> Iterator[MetricDraft]:

@@ -201,8 +201,8 @@ class _Asked:
     progress: Progress
 
     def __call__(self, data: Data) -> Predictions:
-        teacher = self.standard.teacher
-        examples = examples_for(teacher, data, self.tokenizer, self.max_length)
+        teacher, cut = self.standard.teacher, self.standard.max_length or self.max_length
+        examples = examples_for(teacher, data, self.tokenizer, min(self.max_length, cut))
         return predict(self.run, examples, teacher.task, self.tokenizer, progress=self.progress)
 
 

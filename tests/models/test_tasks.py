@@ -244,6 +244,25 @@ def test_fill_mask_needs_a_mask_token(load: Any, examples_of: ReadRows) -> None:
         examples_of(checkpoint, [{"text": "Go."}])
 
 
+def test_a_text_of_one_token_has_no_window(tiny_checkpoint: TinyCheckpoint) -> None:
+    checkpoint, data = generator(tiny_checkpoint), Rows({"text": [""]})
+    with pytest.raises(InputError, match="at least two tokens"):
+        checkpoint.task.examples(data, checkpoint.tokenizer, 8, checkpoint.model.config)  # type: ignore[arg-type]
+
+
+def test_a_window_has_context_from_the_one_before(tiny_checkpoint: TinyCheckpoint) -> None:
+    """A token that is scored in the second window has the score of a text that begins where that window does."""
+    checkpoint = generator(tiny_checkpoint)
+    text = " ".join(["rain", "harbour", "fox", "lamp", "night"] * 4)
+    data = Rows({"text": [text]})
+    examples = checkpoint.task.examples(data, checkpoint.tokenizer, 16, checkpoint.model.config)  # type: ignore[arg-type]
+    second = examples.features[1]
+    alone = {**second, "labels": second["input_ids"]}
+    (by_window, _), (whole, _) = scored(checkpoint, [second]), scored(checkpoint, [alone])
+    np.testing.assert_allclose(by_window["nll"][0], whole["nll"][0][3:], rtol=1e-5)
+    assert len(by_window["nll"][0]) == len(second["input_ids"]) - 4
+
+
 @given(words=st.lists(st.sampled_from(["rain", "harbour", "fox", "Žluťoučký"]), min_size=1, max_size=60))
 @settings(max_examples=10)
 def test_the_windows_of_a_long_text_lose_no_token(tiny_checkpoint: TinyCheckpoint, words: list[str]) -> None:
@@ -251,11 +270,13 @@ def test_the_windows_of_a_long_text_lose_no_token(tiny_checkpoint: TinyCheckpoin
     whole = checkpoint.tokenizer(" ".join(words))["input_ids"]
     data = Rows({"text": [" ".join(words)]})
     features = checkpoint.task.examples(data, checkpoint.tokenizer, 8, checkpoint.model.config).features  # type: ignore[arg-type]
-    joined = [token for feature in features for token in feature["input_ids"]]
-    left_over = whole[len(joined) :]
-    assert joined == whole[: len(joined)]
-    assert len(left_over) == (len(whole) % 8 == 1)  # a last window of one token has nothing to predict
+    joined = features[0]["input_ids"] + [token for feature in features[1:] for token in feature["input_ids"][2:]]
+    assert joined == whole
     assert all(2 <= len(feature["input_ids"]) <= 8 for feature in features)
+    # every token but the first is scored, once, and none but the first of a text with fewer than two before it
+    scored = [label for feature in features for label in feature["labels"] if label != IGNORED_LABEL]
+    assert scored == whole
+    assert all(feature["labels"][:2] == [IGNORED_LABEL] * 2 for feature in features[1:])
 
 
 class Rows:

@@ -133,7 +133,9 @@ def test_what_is_held_against_another_teacher_is_not_comparable(
 ) -> None:
     figures = [metric(0.5, name=name) for name in meanings]
     sides = [
-        report(candidate(*figures), teacher=candidate(name="teacher", kind="teacher", path=path, checkpoint_hash=hashed))
+        report(
+            candidate(*figures), teacher=candidate(name="teacher", kind="teacher", path=path, checkpoint_hash=hashed)
+        )
         for path, hashed in zip(("old", "new"), hashes, strict=True)
     ]
     found = compare_reports(*sides)
