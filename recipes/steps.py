@@ -187,7 +187,7 @@ def validate(
             f"{Path(rows.source).name}{where}: {len(rows)} rows, fingerprint {rows.fingerprint[:16]}"
             for where, rows in _measured_rows(data, slices).items()
         ],
-        notes=_notes(opened),
+        notes=[*_notes(opened), *_temperatures(candidates)],
     )
     return report.model_copy(update={"gates": apply_gates(report, gates)}) if gates else report
 
@@ -209,6 +209,10 @@ def _training_rows(folder: Path) -> set[str]:
 def _notes(opened: dict[str, Manifest]) -> list[str]:
     unverified = [f"{name}: {manifest.unverified}." for name, manifest in opened.items() if manifest.unverified]
     return unverified + [f"{name}: {said}." for name, manifest in opened.items() for said in manifest.caveats]
+
+
+def _temperatures(candidates: Sequence[Candidate]) -> list[str]:
+    return [f"{item.name}: {item.temperature.in_words}" for item in candidates if item.temperature]
 
 
 def _timed(

@@ -132,6 +132,22 @@ class Temperature(_Record):
     ece_before: float
     ece_after: float
 
+    @property
+    def in_words(self) -> str:
+        """What to do, and what it is worth."""
+        fall, nll, ece = (
+            f"{short_number(before, 3)} to {short_number(after, 3)}"
+            for before, after in (
+                (self.gain_low, self.gain_high),
+                (self.nll_before, self.nll_after),
+                (self.ece_before, self.ece_after),
+            )
+        )
+        return (
+            f"its logits divided by {short_number(self.value, 3)} would be better calibrated: negative log-likelihood "
+            f"{nll} (95% interval of the fall {fall}), calibration error {ece}, on examples that it was not fitted on."
+        )
+
 
 class Slice(_Record):
     """A part of the rows, or rows beside them, with metrics of its own: those of the whole, and for perturbed rows

@@ -11,8 +11,11 @@ from limbeck.validate.calibration import (
     BINS,
     brier_score,
     expected_calibration_error,
+    fitted_temperature,
+    negative_log_likelihoods,
     reliability_bins,
     softmax,
+    suggested_temperature,
 )
 
 
@@ -87,3 +90,71 @@ def test_labels_drawn_from_the_probabilities_are_calibrated_and_sharpened_ones_a
     assert expected_calibration_error(probabilities, labels) < 0.02
     assert expected_calibration_error(sharpened, labels) > 0.1
     assert brier_score(probabilities, labels) < brier_score(sharpened, labels)  # a proper score
+
+
+# Bins of equal width, likelihood, temperature.
+
+
+def test_bins_of_equal_width_by_hand() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.91, 0.09], [0.2, 0.8], [0.55, 0.45]])
+    labels = np.array([0, 1, 1, 0])
+    # of 15 bins, (13/15, 14/15] holds 0.9 and 0.91: one right in two; 0.8 and 0.55 have bins of their own
+    by_hand = (abs(1 - (0.9 + 0.91)) + 0.2 + 0.45) / 4
+    assert expected_calibration_error(probabilities, labels, "width") == pytest.approx(by_hand)
+    certain = np.array([[1.0, 0.0]] * 3)
+    assert expected_calibration_error(certain, np.zeros(3, dtype=int), "width") == 0
+
+
+def test_likelihoods_are_those_of_the_softmax() -> None:
+    logits = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32) * 30
+    labels = np.arange(20) % 4
+    for temperature in (1.0, 2.5):
+        expected = -np.log(softmax(logits.astype(float) / temperature)[np.arange(20), labels])
+        np.testing.assert_allclose(
+            negative_log_likelihoods(logits, labels, temperature), expected, rtol=1e-9, atol=1e-12
+        )
+
+
+def calibrated(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits that mean what they say, and labels drawn by them."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(0, 2, (n, 3))
+    return logits, np.array([random.choice(3, p=row) for row in softmax(logits)])
+
+
+@pytest.mark.parametrize("factor", [0.3, 2.5])
+def test_the_temperature_that_was_put_in_is_found(factor: float) -> None:
+    logits, labels = calibrated(2000, 0)
+    assert fitted_temperature(logits * factor, labels) == pytest.approx(factor, rel=0.1)
+    found = suggested_temperature(logits * factor, labels)
+    assert found is not None and found.value == pytest.approx(factor, rel=0.1)
+    assert found.nll_after < found.nll_before and 0 < found.gain_low < found.nll_before - found.nll_after
+    assert found.ece_after < found.ece_before
+    assert "would be better calibrated" in found.in_words
+
+
+def test_no_temperature_is_suggested_where_none_is_sure_to_help() -> None:
+    suggested = [suggested_temperature(*calibrated(300, seed)) for seed in range(20)]
+    assert sum(each is not None for each in suggested) <= 2
+    logits, labels = calibrated(2000, 0)
+    assert suggested_temperature(3 * logits[:99], labels[:99]) is None  # too few to tell
+
+
+def test_what_a_temperature_is_said_to_bring_it_brings_to_others() -> None:
+    logits, labels = calibrated(20_000, 99)
+    others = 2 * logits
+    before = negative_log_likelihoods(others, labels).mean()
+    held = []
+    for seed in range(20):
+        logits, known = calibrated(400, seed)
+        found = suggested_temperature(2 * logits, known)
+        assert found is not None
+        fall = before - negative_log_likelihoods(others, labels, found.value).mean()
+        held.append(found.gain_low <= fall <= found.gain_high)
+    assert np.mean(held) >= 0.85
+
+
+def test_rows_of_words_are_dealt_whole() -> None:
+    logits, labels = calibrated(600, 3)
+    assert suggested_temperature(3 * logits, labels, np.repeat(np.arange(60), 10)) is None  # 60 rows are too few
+    assert suggested_temperature(3 * logits, labels, np.repeat(np.arange(120), 5)) is not None

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from limbeck.errors import GateFailed, GateInconclusive, InputError
 from limbeck.validate.gates import apply_gates, judge, load_gates, raise_for_verdict
-from limbeck.validate.report import Candidate, Check, Gate, Metric, Report, Slice
+from limbeck.validate.report import Candidate, Check, Gate, GateResult, Metric, Report, Slice
 
 FIGURES = st.floats(-1e6, 1e6)
 RANK = {"pass": 0, "inconclusive": 1, "fail": 2}
@@ -207,3 +209,64 @@ def test_a_faulty_gate_is_named_with_what_is_valid(tmp_path: Path, text: str, wo
 def test_a_missing_gate_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         load_gates(tmp_path / "none.yaml")
+
+
+def test_a_limit_on_a_comparison_is_told_as_a_test_of_non_inferiority() -> None:
+    def told(
+        name: str, value: float, low: float | None, high: float | None, better: bool = True, **limits: float
+    ) -> str:
+        observed = Metric(name=name, value=value, low=low, high=high, higher_is_better=better, description="")
+        return judge(Gate(metric=name, **limits), "a", observed).reason  # type: ignore[arg-type]
+
+    level = "(one-sided level 2.5 %)"
+    assert f"Non-inferior to the teacher at a margin of 0.02 {level}" in told(
+        "f1_difference", -0.01, -0.015, 0, min=-0.02
+    )
+    assert f"by more than a margin of 0.05 {level}" in told("spearman_kept", 0.9, 0.88, 0.92, min=0.95)
+    assert "at a margin of 0.05 is not shown" in told("spearman_kept", 0.95, 0.9, 0.97, min=0.95)
+    assert "Non-inferior" in told("perplexity_ratio", 1.01, 1.0, 1.02, better=False, max=1.05)
+    assert "Non-inferior to the teacher at a margin of 0 " in told(
+        "nll_difference", -0.1, -0.2, -0.01, better=False, max=0
+    )
+    for asked in (
+        told("f1_difference", 0.05, 0.03, 0.07, min=0.02),  # a gain is asked for
+        told("f1_difference", -0.01, None, None, min=-0.02),  # without an interval nothing is tested
+        told("accuracy", 0.95, 0.94, 0.96, min=0.9),
+        told("accuracy_kept", 0.95, 0.94, 0.96, max=1.5),
+        told("accuracy_kept", 0.95, 0.94, 0.96, min=0.9, max=1.5),
+    ):
+        assert "nferior" not in asked
+
+
+def test_the_advice_of_more_examples_decides_four_times_in_five() -> None:
+    """Were the true value the observed one, a sample of the size that is advised passes in 80 % of cases."""
+    spread, n, random = 0.5, 100, np.random.default_rng(0)
+
+    def judged(mean: float, count: int) -> GateResult:
+        half = 1.96 * spread / count**0.5
+        return judge(Gate(metric="accuracy", min=0.9), "a", metric(mean, mean - half, mean + half, count=count))
+
+    told = judged(0.95, n)
+    found = re.search(r"about ([\d,]+) more", told.reason)
+    assert told.verdict == "inconclusive" and found
+    count = n + int(found.group(1).replace(",", ""))
+    means = random.normal(0.95, spread / count**0.5, 2000)
+    assert np.mean([judged(mean, count).verdict == "pass" for mean in means]) == pytest.approx(0.8, abs=0.03)
+
+
+def test_more_examples_are_no_advice_where_the_reference_is_the_hindrance() -> None:
+    def undecided(*hindrances: str | None) -> str | None:
+        gate = Gate(metric="accuracy", min=0.9)
+        results = [
+            GateResult(gate=gate, candidate="a", observed=1, verdict="inconclusive", reason="", hindrance=each)
+            for each in hindrances
+        ]
+        with pytest.raises(GateInconclusive) as caught:
+            raise_for_verdict(report().model_copy(update={"gates": results}))
+        return caught.value.hint
+
+    assert undecided(None) == "Validate on more examples, or move the limit."
+    hint = undecided("another CPU", "other data")
+    assert hint == "Measure the previous release anew, as this one is measured: it was on another CPU and other data."
+    both = undecided("another CPU", None)
+    assert both and both.startswith("Validate on more examples") and both.endswith("it was on another CPU.")
