@@ -28,7 +28,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def _bin_of_each(confidence: np.ndarray, bins: Literal["mass", "width"]) -> np.ndarray:
     """The bin of each example, int64 [n]: as many examples in one as in the next, or equally wide ones over 0 to 1."""
     if bins == "width":  # a confidence on an edge belongs below it, as in Guo et al.
-        return np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
+        return np.asarray(np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1))
     placed = np.empty(len(confidence), dtype=np.int64)
     for number, part in enumerate(np.array_split(np.argsort(confidence, kind="stable"), BINS)):
         placed[part] = number
@@ -118,7 +118,9 @@ def suggested_temperature(
 
 
 def _mean_interval(values: np.ndarray, rows: np.ndarray) -> Interval:
-    sums = np.column_stack([np.bincount(rows, weights=column) for column in (values, np.ones(len(values)))])
+    sums = np.column_stack([np.bincount(rows, weights=column) for column in (values, np.ones(len(values)))]).astype(
+        np.float64
+    )
 
     def mean(sums: np.ndarray) -> np.ndarray:
         return np.asarray(sums[..., 0] / sums[..., 1])

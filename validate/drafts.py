@@ -12,10 +12,10 @@ from .report import Metric
 from .statistics import (
     Interval,
     OfCounts,
-    bonett_price_interval,
     bootstrap_interval,
     grouped_jackknife_interval,
     newcombe_interval,
+    tang_interval,
     wilson_interval,
 )
 
@@ -87,11 +87,11 @@ def by_newcombe(figure: MetricDraft) -> Interval:
     return newcombe_of(figure.rows[:, 0], figure.rows[:, 1], figure.clusters)
 
 
-def by_bonett_price(figure: MetricDraft) -> Interval:
+def by_tang(figure: MetricDraft) -> Interval:
     ours, theirs = figure.rows[:, 0], figure.rows[:, 1]
     effect = design_effect(ours - ours.sum() / theirs.sum() * theirs, figure.clusters)
     both, first, second, _ = (count / effect for count in paired_counts(ours, theirs))
-    return bonett_price_interval(both, first, second)
+    return tang_interval(both, first, second)
 
 
 def newcombe_of(ours: np.ndarray, theirs: np.ndarray, clusters: np.ndarray | None = None) -> Interval:
@@ -226,7 +226,7 @@ def compared_shares(
     )
     if reached:
         told = f"share of the teacher's {name.replace('_', ' ')} that is kept"
-        yield MetricDraft(f"{name}_kept", told, paired, _kept, by_bonett_price, n, clusters=clusters)
+        yield MetricDraft(f"{name}_kept", told, paired, _kept, by_tang, n, clusters=clusters)
 
 
 def _mean(rows: np.ndarray) -> float:

@@ -46,4 +46,4 @@ def micro_f1(sums: np.ndarray) -> np.ndarray:
     """F1 over the entities of all rows together, from the sums [..., 3] of `entity_counts` over the rows: 2 shared /
     (found + there), 0 to 1; not a number where no row has an entity on either side."""
     below = sums[..., 1] + sums[..., 2]
-    return np.divide(2 * sums[..., 0], below, out=np.full(np.shape(below), np.nan), where=below > 0)
+    return np.asarray(np.divide(2 * sums[..., 0], below, out=np.full(np.shape(below), np.nan), where=below > 0))

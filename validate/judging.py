@@ -79,7 +79,7 @@ def _non_inferiority(gate: Gate, metric: Metric, standing: Standing | None, verd
     if standing is None or limit is None or other is not None or (metric.low is None and metric.high is None):
         return ""
     margin = (standing.equal - limit) * (1 if metric.higher_is_better else -1)
-    if margin < 0 or not math.isfinite(metric.value):  # it asks for a gain
+    if margin <= 0 or not math.isfinite(metric.value):  # it asks for a gain
         return ""
     at = f"a margin of {exact_number(float(f'{margin:.12g}'))}"  # 1 - 0.95 is 0.05, and not 0.050000000000000044
     reference = {"teacher": "the teacher", "previous": "the last release"}[standing.to]

@@ -98,7 +98,9 @@ def _all_of(gate: Gate, large: list[Judged], left_out: str) -> GateResult:
     p_values = [_p_value(gate, each) for each in large]
     found = sorted(zip(holm_adjusted(p_values), p_values, large, strict=True), key=lambda each: each[:2])
     missed = [(each, adjusted) for adjusted, _, each in found if adjusted < _LEVEL]
-    limits = f"{'below' if gate.max is None else 'above'} {exact_number(gate.min if gate.max is None else gate.max)}"
+    side, limit = ("below", gate.min) if gate.max is None else ("above", gate.max)
+    assert limit is not None
+    limits = f"{side} {exact_number(limit)}"
     by = "by Holm's method at a one-sided level of 2.5 %"
     verdict: Verdict = "fail" if missed else "pass"
     if missed:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+from scipy.optimize import brentq
 
 from ..errors import InputError, UsageError
 
@@ -268,30 +269,48 @@ def newcombe_interval(
     return Interval(difference, max(difference - below, -1.0), min(difference + above, 1.0), confidence, "Newcombe 10")
 
 
-def bonett_price_interval(both: float, only_first: float, only_second: float, confidence: float = 0.95) -> Interval:
+def tang_interval(both: float, only_first: float, only_second: float, confidence: float = 0.95) -> Interval:
     """The interval of a paired ratio of two proportions, first over second: what is kept of an accuracy on the same
     examples. Those that neither got right say nothing of a ratio.
 
-    Bonett and Price, "Confidence intervals for a ratio of binomial proportions based on paired data", Statistics in
-    Medicine 25 (2006) 3039-3047: Wilson limits of both proportions at a confidence that makes up for their
-    correlation, divided crosswise. It has a width even when nothing flipped, which a bootstrap has not.
+    The ratios that a score test does not reject: Tang, Tang and Chan, "On tests of equivalence via non-unity relative
+    risk for matched-pair design", Statistics in Medicine 22 (2003) 1217-1233; Fagerland, Lydersen and Laake,
+    Statistical Analysis of Contingency Tables (2017), chapter 8. It has a width even when nothing flipped, which a
+    bootstrap has not.
 
     Args:
-        both, only_first, only_second: how many examples both or one of the two got right.
+        both, only_first, only_second: how many examples both or one of the two got right; not whole numbers where
+            examples that are not independent count as fewer (`drafts.design_effect`).
 
     Raises:
         UsageError: a negative count, or none that the second got right.
     """
     _check_confidence(confidence)
     counts = (both, only_first, only_second)
-    first, second, n = both + only_first, both + only_second, sum(counts)
+    first, second = both + only_first, both + only_second
     if min(counts) < 0 or second == 0:
         raise UsageError(f"A paired ratio needs counts of 0 or more, and a second side above 0; these are {counts}.")
-    together = math.sqrt((only_first + only_second + 2) / ((first + 1) * (second + 1)))
-    apart = sum(math.sqrt((1 - (side + 1) / (n + 2)) / (side + 1)) for side in (first, second))
-    z = together / apart * float(stats.norm.ppf((1.0 + confidence) / 2.0))
-    (low, high), (lowest, highest) = (_wilson_limits(side, n, z) for side in (first, second))
-    return _interval(first / second, low / highest, high / lowest, confidence, "Bonett-Price")
+    z = float(stats.norm.ppf((1.0 + confidence) / 2.0))
+    point, one = first / second, 1.0 / sum(counts)
+
+    def end(sign: int) -> float:
+        """The ratio at which the test just rejects, from the point on outwards; near enough to 0 it always does."""
+        edge = math.log(max(point, one))
+        while sign * _tang_score(math.exp(edge), *counts) > -z:
+            edge += sign
+        return math.exp(brentq(lambda at: _tang_score(math.exp(at), *counts) + sign * z, edge - sign, edge))
+
+    return _interval(point, end(-1) if first else 0.0, end(1), confidence, "Tang score")
+
+
+def _tang_score(ratio: float, both: float, only_first: float, only_second: float) -> float:
+    """The score statistic of a paired ratio; it falls as the ratio that is tested grows."""
+    first, second, some = both + only_first, both + only_second, both + only_first + only_second
+    half = (second * ratio**2 - some - only_second) / (2.0 * (1.0 + ratio))
+    product = only_second * (1.0 - ratio) * some / (1.0 + ratio)
+    expected = -half + math.sqrt(max(half * half - product, 0.0))  # of those that the second alone got right
+    variance = (1.0 + ratio) * expected + some * (ratio - 1.0)
+    return (first - second * ratio) / math.sqrt(variance) if variance > 0.0 else 0.0
 
 
 def _wilson_limits(successes: float, n: float, z: float) -> tuple[float, float]:

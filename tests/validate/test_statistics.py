@@ -13,11 +13,11 @@ from scipy import stats
 
 from limbeck.errors import InputError, UsageError
 from limbeck.validate.statistics import (
-    bonett_price_interval,
     bootstrap_interval,
     grouped_jackknife_interval,
     newcombe_interval,
     paired_ratio_interval,
+    tang_interval,
     wilson_interval,
 )
 
@@ -264,7 +264,7 @@ def test_no_flips_still_leave_room_for_some_and_more_examples_leave_less(right: 
 @settings(deadline=None)
 def test_a_paired_ratio_holds_its_point_and_turns_over_with_its_sides(a: int, b: int, c: int) -> None:
     assume(a + b > 0 and a + c > 0)
-    interval, turned = bonett_price_interval(a, b, c), bonett_price_interval(a, c, b)
+    interval, turned = tang_interval(a, b, c), tang_interval(a, c, b)
     assert 0.0 <= interval.low < interval.point < interval.high
     assert (turned.low, turned.high) == pytest.approx((1 / interval.high, 1 / interval.low))
 
@@ -272,16 +272,26 @@ def test_a_paired_ratio_holds_its_point_and_turns_over_with_its_sides(a: int, b:
 def test_a_paired_ratio_covers_the_true_one() -> None:
     """30 examples of two models that are right on 80 and 70 % of them, 65 % on both."""
     draws = np.random.default_rng(0).multinomial(30, [0.65, 0.15, 0.05, 0.15], size=4000)
-    intervals = [bonett_price_interval(*map(int, row[:3])) for row in draws]
+    intervals = [tang_interval(*map(int, row[:3])) for row in draws]
     covered = np.mean([interval.low <= 0.8 / 0.7 <= interval.high for interval in intervals])
     assert 0.94 <= covered <= 0.98
 
 
+def test_a_ratio_at_the_margin_is_let_through_as_often_as_is_said() -> None:
+    """Of 97 % kept, a test at 97 % passes in 2.5 % of samples (Bonett and Price's interval: 3.5 %)."""
+    draws = np.random.default_rng(1).multinomial(1500, [0.857, 0.003, 0.0296, 0.1104], size=3000)
+    passed = np.mean([tang_interval(*map(int, row[:3])).low >= 0.97 for row in draws])
+    assert 0.012 <= passed <= 0.029
+
+
 def test_nothing_flipped_leaves_room_for_some() -> None:
-    interval = bonett_price_interval(144, 0, 0)
-    assert interval.low == pytest.approx(0.987, abs=5e-4) and interval.high == pytest.approx(1 / interval.low)
+    interval = tang_interval(144, 0, 0)
+    z = stats.norm.ppf(0.975)  # the score is then (1 - r) / sqrt(r (1 - r) / 144) below 1
+    assert interval.low == pytest.approx(1 / (1 + z**2 / 144)) and interval.high == pytest.approx(1 / interval.low)
+    alone = tang_interval(0, 0, 20)  # the first is never right
+    assert alone.point == alone.low == 0 < alone.high < 0.3
     with pytest.raises(UsageError, match="second side above 0"):
-        bonett_price_interval(0, 3, 0)
+        tang_interval(0, 3, 0)
 
 
 def test_counts_that_cannot_be_are_refused() -> None:
