@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 from scipy import optimize, special
 
+from .drafts import by_bootstrap, mean_figure
 from .report import ReliabilityBin, Temperature
-from .statistics import Interval, bootstrap_interval
 
 BINS = 15
 """As in Guo et al. 2017."""
@@ -103,7 +103,7 @@ def suggested_temperature(
         inside = fold == left_out
         scaled[inside] = logits[inside] / fitted_temperature(logits[~inside], labels[~inside])
     before, after = (negative_log_likelihoods(each, labels) for each in (logits, scaled))
-    gain = _mean_interval(before - after, rows)
+    gain = by_bootstrap(mean_figure("gain", "fall of the negative log-likelihood", before - after, clusters))
     if gain.low <= 0:
         return None
     return Temperature(
@@ -115,17 +115,6 @@ def suggested_temperature(
         ece_before=expected_calibration_error(softmax(logits), labels),
         ece_after=expected_calibration_error(softmax(scaled), labels),
     )
-
-
-def _mean_interval(values: np.ndarray, rows: np.ndarray) -> Interval:
-    sums = np.column_stack([np.bincount(rows, weights=column) for column in (values, np.ones(len(values)))]).astype(
-        np.float64
-    )
-
-    def mean(sums: np.ndarray) -> np.ndarray:
-        return np.asarray(sums[..., 0] / sums[..., 1])
-
-    return bootstrap_interval(sums, lambda drawn: float(mean(drawn.sum(axis=0))), of_counts=lambda n: mean(n @ sums))
 
 
 def reliability_bins(probabilities: np.ndarray, labels: np.ndarray) -> list[ReliabilityBin]:
