@@ -20,7 +20,6 @@ from limbeck.validate.entities import entity_counts, is_bio, micro_f1, spans
 from limbeck.validate.measurement import measure_checkpoint, score_checkpoint, set_standard
 from limbeck.validate.quality import Quality, headline_metric, higher_is_better, measure_quality, score
 from limbeck.validate.report import Metric
-from limbeck.validate.retrieval import first_hits, ranking_agreement
 
 
 def figures(quality: Quality) -> dict[str, Metric]:
@@ -138,16 +137,6 @@ def test_a_student_that_says_the_same_of_everything_finds_nothing(vectors: np.nd
     found = score("sentence-similarity", {"embedding": teacher}, {"embedding": np.ones_like(teacher)}, None, pairs=True)
     assert found["recall_at_1"] == pytest.approx(1 / 60)
     assert found["agreement_ranking"] == 0
-
-
-def test_many_queries_are_taken_a_part_at_a_time() -> None:
-    generator = np.random.default_rng(5)
-    queries = generator.normal(size=(600, 4))
-    both = np.concatenate([queries, queries + 0.3 * generator.normal(size=queries.shape)])
-    ours, theirs = first_hits(both, both)
-    own = np.array([np.argmax(cosines(queries[[i]], both[600:])) == i for i in range(600)])
-    assert theirs is not None and ours.tolist() == theirs.tolist() == own.tolist()
-    assert ranking_agreement(both, both, 500) == pytest.approx(np.ones(500))
 
 
 def test_texts_that_are_no_pairs_have_no_recall(vectors: np.ndarray) -> None:
