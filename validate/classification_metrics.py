@@ -17,6 +17,7 @@ from .calibration import (
     negative_log_likelihoods,
     softmax,
 )
+from .changed import divergence
 from .drafts import (
     MetricDraft,
     by_bootstrap,
@@ -86,21 +87,16 @@ def _drift(ours: Answers, theirs: Answers, words: np.ndarray | None) -> Iterator
     p, q = theirs.probabilities, ours.probabilities
     yield share_figure("flip_rate", "share of answers that left the teacher's", ours.labels != theirs.labels, words)
     told = "KL of the teacher's to the candidate's answer"
-    yield mean_figure("kl_mean", told, _divergence(p, q), words, unit="nats")
+    yield mean_figure("kl_mean", told, divergence(p, q), words, unit="nats")
     told = "Jensen-Shannon divergence of both answers, at most ln 2"
     middle = (p + q) / 2
-    halves = (_divergence(p, middle) + _divergence(q, middle)) / 2
+    halves = (divergence(p, middle) + divergence(q, middle)) / 2
     yield mean_figure("js_mean", told, halves, words, unit="nats")
     for name, told, sides in (
         ("probability_difference_max", "the largest difference of a probability to the teacher's", (p, q)),
         ("logit_difference_max", "the largest difference of a logit to the teacher's", (theirs.logits, ours.logits)),
     ):
         yield largest_figure(name, told, np.abs(sides[0].astype(float) - sides[1]).max(axis=1))
-
-
-def _divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL(p || q) in nats, [n]."""
-    return np.asarray(np.sum(p * (np.log(p + 1e-12) - np.log(q + 1e-12)), axis=1))
 
 
 def _macro_f1(ours: Answers, theirs: Answers | None, labels: np.ndarray) -> Iterator[MetricDraft]:
