@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from limbeck.validate.paired_tests import holm_adjusted, mcnemar_p_value
+from limbeck.validate.rendering import render_html
+from limbeck.validate.report import Candidate, Metric, Report
 
 
 @pytest.mark.parametrize(
@@ -51,3 +53,12 @@ def test_holm_cries_wolf_once_in_forty_over_twenty_slices() -> None:
         np.mean([min(holm_adjusted(list(p))) < 0.025 for p in p_values]),
     )
     assert alone > 0.35 and together < 0.035
+
+
+def test_the_p_value_of_flips_stands_in_the_report() -> None:
+    told = Metric(name="f", value=0.0, higher_is_better=True, description="A difference.", p_value=0.0312)
+    candidate = Candidate(name="a", kind="artifact", backend="onnx", precision="fp32", path="out", metrics=[told])
+    report = Report(kind="validation", title="t", created="", command="", candidates=[candidate])
+    assert "McNemar's exact test: p = 0.0312" in render_html(report)
+    bare = candidate.model_copy(update={"metrics": [told.model_copy(update={"p_value": None})]})
+    assert "McNemar" not in render_html(report.model_copy(update={"candidates": [bare]}))
