@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ..errors import UsageError
 from .options import checked, column_option, existing, json_option, model_options, out_options, pairs
 
 EXAMPLES = """
@@ -15,6 +16,8 @@ Examples:
   limbeck validate artifact --teacher ./model --data pairs.csv --gates gates.yaml --out report
   limbeck validate artifact --teacher ./model --data heldout.jsonl --slices length,typos --slice-by topic \
     --slice long=long.jsonl --out report
+  limbeck validate artifact --teacher ./model --data heldout.jsonl --pairs edited=counterfactual:edited.jsonl \
+    --pairs names=invariance:names.jsonl --out report
 """
 
 
@@ -30,22 +33,34 @@ Examples:
 )
 @click.option("--slice-by", multiple=True, metavar="COLUMN", help="One slice for each value of a column of --data.")
 @click.option(
-    "--slices", "builtin", multiple=True, metavar="NAMES", help="Of length, typos, case, punctuation, unicode."
+    "--slices",
+    "builtin",
+    multiple=True,
+    metavar="NAMES",
+    help="Of length, typos, case, punctuation, unicode; for text-generation also adversarial, ambiguous.",
+)
+@click.option(
+    "--pairs",
+    "pair_files",
+    multiple=True,
+    metavar="NAME=KIND:FILE",
+    help="Rows that belong together; KIND is invariance, counterfactual or bias.",
 )
 @click.option("--latency/--no-latency", default=True, help="Time teacher and artifacts side by side.  [default: on]")
 @click.option("--batch-size", type=int, help="Of the timed call.  [default: 1]")
 @click.option("--sequence-length", type=int, help="Of the timed call, in tokens.  [default: 128]")
 @click.option("--threads", type=int, help="[default: all]")
 @click.option("--rounds", type=int, help="Rounds in which all take turns.")
-@click.option("--samples", type=int, help="Use the first N rows only.")
+@click.option("--samples", type=int, help="Use the first N rows (of --pairs the first N pairs) only.")
 @model_options
 @column_option
 @out_options
 @json_option
 def command(
     artifacts: tuple[str, ...], teacher: str, data: str, gates: str | None, slice_files: tuple[str, ...],
-    slice_by: tuple[str, ...], builtin: tuple[str, ...], latency: bool, samples: int | None,
-    task: str | None, trust_remote_code: bool, columns: tuple[str, ...], out: str, overwrite: bool, as_json: bool,
+    slice_by: tuple[str, ...], builtin: tuple[str, ...], pair_files: tuple[str, ...], latency: bool,
+    samples: int | None, task: str | None, trust_remote_code: bool, columns: tuple[str, ...], out: str,
+    overwrite: bool, as_json: bool,
     **settings: object,
 ) -> None:  # fmt: skip
     """Hold ARTIFACTS against their teacher on the same examples, and write a report.
@@ -58,6 +73,7 @@ def command(
 
     limits = load_gates(existing(gates)) if gates else []
     check_output_folder(Path(out), overwrite)
+    paired = {name: _kind_and_file(value) for name, value in pairs(pair_files, "--pairs").items()}
     others = {name: str(existing(file)) for name, file in pairs(slice_files, "--slice").items()}
     folders = {Path(artifact).name: existing(artifact) for artifact in artifacts}
     with working() as progress:
@@ -65,17 +81,20 @@ def command(
         from ..models.checkpoint import load_checkpoint
         from ..recipes.steps import validate
         from ..validate.latency import BenchSettings
+        from ..validate.pair_rows import PAIR_FIELDS, read_pairs
         from ..validate.rendering import render_table, write_report
         from ..validate.slices import SlicesAsked
 
         timing = checked(BenchSettings, settings) if latency else None
         loaded = load_checkpoint(teacher, task, trust_remote_code)
-        fields = pairs(columns, "--column")
+        named = pairs(columns, "--column")
+        fields = {name: column for name, column in named.items() if not (paired and name in PAIR_FIELDS)}
         rows = loaded.read(data, fields, slice_by).head(samples)
         slices = SlicesAsked(
             files={name: loaded.read(file, fields).head(samples) for name, file in others.items()},
             by=slice_by,
             builtin=[name.strip() for names in builtin for name in names.split(",")],
+            pairs={name: read_pairs(loaded, kind, file, named).head(samples) for name, (kind, file) in paired.items()},
         )
         report = validate(folders, loaded, rows, gates=limits, latency=timing, slices=slices, progress=progress)
         with staged_folder(Path(out), overwrite) as staging:
@@ -86,3 +105,17 @@ def command(
         show(render_table(report))
     done(f"Report: {Path(out) / 'report.html'}")
     raise_for_verdict(report)
+
+
+def _kind_and_file(text: str) -> tuple[str, str]:
+    """`bias:pairs.jsonl` as kind and file.
+
+    Raises:
+        UsageError: no colon; InputError: a file that is not there.
+    """
+    kind, colon, file = text.partition(":")
+    if not colon or not kind or not file:
+        raise UsageError(
+            f"--pairs takes NAME=KIND:FILE, with invariance, counterfactual or bias for KIND, not {text!r}."
+        )
+    return kind, str(existing(file))

@@ -52,6 +52,9 @@ class Keys:
         measured: list[Any] = [artifacts, self.data(data.validation), recipe.bench.model_dump(), data.columns]
         others = {name: self.data(file) for name, file in recipe.slices.files.items()}
         measured.append([others, recipe.slices.by, recipe.slices.builtin])
+        measured.append(
+            {name: [pairs.model_dump(), self.data(pairs.file)] for name, pairs in recipe.slices.pairs.items()}
+        )
         keys["measurement"] = sha256_of_json(measured)
         return keys
 

@@ -19,7 +19,7 @@ from ..validate.report import Report, load_report
 from .cycle import CYCLE_FILE, CycleRecord, KeptRounds, run_cycle, unknown_floor, with_note
 from .keys import Keys, folder_of
 from .progress import Progress
-from .schema import Export, Recipe
+from .schema import Export, Recipe, Slices
 from .sources import Sources
 from .stages import Cycle, Stage
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..models.checkpoint import Checkpoint
     from ..models.data import Data
     from ..validate.measurement import Standard
+    from ..validate.slices import SlicesAsked
 
 _MOST_SHARED = 0.01
 """Share of the development rows that may be validation rows too."""
@@ -91,8 +92,8 @@ class RecipeRun:
         objective that does not exist, a metric that nothing gives."""
         from .precision_choice import refuse_untimed
 
-        if not folders["measurement"].exists():
-            self._refuse_slices()
+        if not folders["measurement"].exists() and self.recipe.slices != Slices():
+            self._slices()
         for export in self.recipe.exports:
             if not folders[export.name].exists():
                 backend_for(export.settings())
@@ -111,12 +112,10 @@ class RecipeRun:
         for stage in to_do:
             self._refuse_training(stage)
 
-    def _refuse_slices(self) -> None:
-        from ..validate.slices import check_builtin, values_by_row
+    def _slices(self) -> SlicesAsked:
+        from .slicing import slices_of
 
-        check_builtin(self.recipe.slices.builtin, self.recipe.task)
-        for column in self.recipe.slices.by:
-            values_by_row(self._data(self.recipe.data.validation), column)
+        return slices_of(self.recipe, self._checkpoint("teacher", {}), self._sources, self._data)
 
     def _refuse_training(self, stage: Stage) -> None:
         from ..distill.objectives import build_objectives
@@ -277,19 +276,15 @@ class RecipeRun:
     def _measure(self, folders: Mapping[str, Path], folder: Path) -> None:
         from ..validate.latency import BenchSettings
         from ..validate.report import save_report
-        from ..validate.slices import SlicesAsked
         from .steps import validate
 
-        bench, slices = self.recipe.bench, self.recipe.slices
         report = validate(
             {export.name: folders[export.name] for export in self.recipe.exports},
             self._checkpoint("teacher", folders),
             self._data(self.recipe.data.validation),
-            latency=BenchSettings(**bench.model_dump()),
+            latency=BenchSettings(**self.recipe.bench.model_dump()),
             baselines=[export.name for export in self.recipe.exports if export.baseline],
-            slices=SlicesAsked(
-                {name: self._data(file) for name, file in slices.files.items()}, slices.by, slices.builtin
-            ),
+            slices=self._slices(),
             progress=self.progress,
         )
         with staged_folder(folder) as staging:

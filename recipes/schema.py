@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from ..errors import InputError, UsageError
 from ..exporters.settings import ExportSettings, Precision, ShapeRange
 from ..files import read_yaml
+from ..validate.pair_rows import PairKind
 from ..validate.perturbations import BuiltinSlice
 from ..validate.report import Gate, describe_problems
 from .stages import RecipePart, Stage
@@ -103,6 +104,15 @@ class Constraints(RecipePart):
         return fnmatchcase(artifact, self.artifact)
 
 
+class PairsFile(RecipePart):
+    """A file whose rows belong together (see docs/validation.md)."""
+
+    kind: PairKind
+    file: str
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Field (first, second, group, side, or one of the task's) to column, where it cannot be guessed."""
+
+
 class Slices(RecipePart):
     """What is measured beside the whole of `data.validation`, each on its own, so that its mean hides none of it.
 
@@ -111,6 +121,8 @@ class Slices(RecipePart):
       files: {long: long-reviews.jsonl}
       by: [topic]
       builtin: [length, typos]
+      pairs:
+        edited: {kind: counterfactual, file: edited.jsonl, columns: {group: pair_id}}
     ```
     """
 
@@ -119,6 +131,8 @@ class Slices(RecipePart):
     by: list[str] = Field(default_factory=list)
     """Columns of `data.validation`: one slice a value."""
     builtin: list[BuiltinSlice] = Field(default_factory=list)
+    pairs: dict[str, PairsFile] = Field(default_factory=dict)
+    """Other rows, of which some belong together, by the name of their slice."""
 
 
 class Bench(RecipePart):

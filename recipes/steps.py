@@ -199,7 +199,8 @@ def command_line() -> str:
 
 def _measured_rows(data: Data, slices: SlicesAsked) -> dict[str, Data]:
     """The rows of the whole, then those of slices that have their own, by what is said after their file's name."""
-    return {"": data, **{f", slice {name}": rows for name, rows in slices.files.items()}}
+    own = {**slices.files, **{name: pairs.data for name, pairs in slices.pairs.items()}}
+    return {"": data, **{f", slice {name}": rows for name, rows in own.items()}}
 
 
 def _training_rows(folder: Path) -> set[str]:

@@ -16,20 +16,21 @@ if TYPE_CHECKING:
     from .measurement import Standard
 
 SHOWN = 20
+SHOWN_OF_A_SLICE = 5
 _LONGEST_TEXT = 300
 _ROUNDING = 1e-6
 """Distances below this are the noise of float32, not a change."""
 
 
-def most_changed(standard: Standard, answers: Predictions) -> list[ChangedExample]:
-    """The 20 examples furthest from the teacher's answers, the furthest first: by the KL of the answer (where words are
+def most_changed(standard: Standard, answers: Predictions, shown: int = SHOWN) -> list[ChangedExample]:
+    """The examples furthest from the teacher's answers, the furthest first: by the KL of the answer (where words are
     tagged, of the word that moved most), by the cosine of the embedding, or by the rise of a row's mean negative
     log-likelihood. None where embeddings of different widths cannot be compared."""
     found = _of_task(standard, answers)
     if found is None:
         return []
     distances = np.where(np.isfinite(found.distances), found.distances, -np.inf)
-    order = np.argsort(-distances, kind="stable")[:SHOWN]
+    order = np.argsort(-distances, kind="stable")[:shown]
     return [_example(standard, found, int(at)) for at in order if distances[at] > _ROUNDING]
 
 

@@ -22,35 +22,37 @@ Places = tuple[np.ndarray, np.ndarray]
 def invariance_drafts(task: str, teacher: Moved, candidate: Moved, places: Places) -> Iterator[MetricDraft]:
     """`invariance`, 1 where nothing moves, with the teacher's, and `invariance_difference` to the teacher's."""
     if task in ("text-classification", "token-classification"):
-        yield from _same_answers(_same(candidate), _same(teacher))
+        told = "share of rows whose answer is the same as without the perturbation"
+        yield from same_answers(told, _same(candidate), _same(teacher))
     elif task == "sentence-similarity":
-        yield from _cosines(_cosine(candidate), _cosine(teacher))
+        told = "cosine of a text's embedding to that without the perturbation"
+        yield from likenesses(told, _cosine(candidate), _cosine(teacher))
     else:
-        yield from _perplexities(_sums(candidate, places), _sums(teacher, places))
+        told = "perplexity without the perturbation over that with it, both a token of the unperturbed text"
+        yield from perplexities(told, _sums(candidate, places), _sums(teacher, places))
 
 
-def _same_answers(ours: np.ndarray, theirs: np.ndarray) -> Iterator[MetricDraft]:
-    told = "share of rows whose answer is the same as without the perturbation"
+def same_answers(told: str, ours: np.ndarray, theirs: np.ndarray) -> Iterator[MetricDraft]:
+    """Whether each answer stayed, bool [units] of either side."""
     yield MetricDraft("invariance", told, ours, _mean, by_wilson, len(ours), teacher=float(theirs.mean()))
     paired = np.column_stack([ours, theirs]).astype(float)
     yield MetricDraft("invariance_difference", _DIFFERENCE, paired, _difference, by_newcombe, len(ours))
 
 
-def _cosines(ours: np.ndarray, theirs: np.ndarray) -> Iterator[MetricDraft]:
+def likenesses(told: str, ours: np.ndarray, theirs: np.ndarray) -> Iterator[MetricDraft]:
+    """Cosines [units] of either side."""
     paired, n = np.column_stack([ours, theirs]), len(ours)
-    told = "cosine of a text's embedding to that without the perturbation"
     yield MetricDraft("invariance", told, ours[:, None], _mean, by_bootstrap, n, teacher=float(theirs.mean()))
     yield MetricDraft("invariance_difference", _DIFFERENCE, paired, _difference, by_bootstrap, n)
 
 
-def _perplexities(ours: np.ndarray, theirs: np.ndarray) -> Iterator[MetricDraft]:
-    """Sums [rows, 3] of either side, as `_sums` gives them.
+def perplexities(told: str, ours: np.ndarray, theirs: np.ndarray) -> Iterator[MetricDraft]:
+    """Sums [units, 3] of either side: tokens of the text as it was, its negative log-likelihood, and that of the
+    changed text.
 
-    Both perplexities are by the tokens of the unperturbed text: a text in capitals falls into more tokens, each easier
-    to guess.
+    Both perplexities are by the tokens of the first: a text in capitals falls into more tokens, each easier to guess.
     """
     paired, n = np.hstack([ours, theirs]), len(ours)
-    told = "perplexity without the perturbation over that with it, both a token of the unperturbed text"
     yield MetricDraft("invariance", told, ours, _kept, by_bootstrap, n, teacher=_kept(theirs))
     yield MetricDraft(
         "invariance_difference", _DIFFERENCE, paired, lambda rows: _kept(rows) - _kept(rows[:, 3:]), by_bootstrap, n

@@ -15,6 +15,7 @@ from ..models.checkpoint import Checkpoint, load_tokenizer
 from ..models.data import Data
 from .changed import most_changed
 from .latency import BenchResult
+from .pair_rows import PairRows
 from .predictions import Predictions, Progress, broken, predict
 from .quality import measure_quality, score
 from .report import Candidate, Check, Metric, SliceKind
@@ -66,10 +67,16 @@ class SliceStandard:
     standard: Standard
     positions: np.ndarray | None = None
     """Which of the whole's examples these are; `None` where the slice has rows of its own, which have to be run."""
+    together: PairRows | None = None
+    """Which of its rows belong together, where that is what it is about."""
+    examples: Examples | None = None
+    """Its rows in tokens, where these are given and not what a candidate's tokenizer makes of them."""
 
     @property
     def count(self) -> int:
-        """Examples: a pair of texts is one."""
+        """Examples: a pair of texts is one, and so are rows that belong together."""
+        if self.together is not None:
+            return len(self.together.groups)
         return len(self.standard.rows) // (2 if self.standard.pairs else 1)
 
 
@@ -200,10 +207,11 @@ class _Asked:
     standard: Standard
     progress: Progress
 
-    def __call__(self, data: Data) -> Predictions:
+    def __call__(self, rows: Data | Examples) -> Predictions:
         teacher, cut = self.standard.teacher, self.standard.max_length or self.max_length
-        examples = examples_for(teacher, data, self.tokenizer, min(self.max_length, cut))
-        return predict(self.run, examples, teacher.task, self.tokenizer, progress=self.progress)
+        if not isinstance(rows, Examples):
+            rows = examples_for(teacher, rows, self.tokenizer, min(self.max_length, cut))
+        return predict(self.run, rows, teacher.task, self.tokenizer, progress=self.progress)
 
 
 def _with_quality(candidate: Candidate, answer: Answer, standard: Standard) -> Candidate:

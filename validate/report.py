@@ -28,7 +28,7 @@ __all__ = ["REFERENCE_WORDS", "Candidate", "ChangedExample", "Check", "Curve", "
            "LayerSimilarity", "LayerWidths", "Metric", "ReliabilityBin", "Report", "Slice", "Step", "Temperature",
            "Verdict", "exact_number", "load_report", "save_report"]  # fmt: skip
 
-SliceKind = Literal["file", "column", "length", "perturbed"]
+SliceKind = Literal["file", "column", "length", "perturbed", "invariance", "counterfactual", "bias", "prompts"]
 _PROBLEMS_SHOWN = 3
 FEWEST_IN_A_SLICE = 30
 """Examples below which the figures of a slice are too uncertain to pass a gate."""
@@ -148,27 +148,6 @@ class Temperature(_Record):
         )
 
 
-class Slice(_Record):
-    """A part of the rows, or rows beside them, with metrics of its own: those of the whole, and for perturbed rows
-    `invariance`. `note` says what of it cannot be judged, and why."""
-
-    name: str
-    kind: SliceKind
-    count: int = Field(ge=0)
-    """Examples: rows, or windows where long texts are cut into some."""
-    metrics: list[Metric] = []
-    note: str | None = None
-
-    def metric(self, name: str) -> Metric | None:
-        """The metric of that name, or `None`."""
-        return next((metric for metric in self.metrics if metric.name == name), None)
-
-    @property
-    def too_small(self) -> bool:
-        """Whether it has too few examples to be judged by."""
-        return self.count < FEWEST_IN_A_SLICE
-
-
 class ChangedExample(_Record):
     """An example that the candidate answers far from how the teacher does. `row` counts from 1 in the data file;
     `distance` is in the unit that `measure` names; `text` is cut."""
@@ -180,6 +159,29 @@ class ChangedExample(_Record):
     candidate: str
     distance: float
     measure: str
+
+
+class Slice(_Record):
+    """A part of the rows, or rows beside them, with metrics of its own: those of the whole, and those that its kind
+    adds (`invariance` where rows are perturbed). `note` says what of it cannot be judged, and why."""
+
+    name: str
+    kind: SliceKind
+    count: int = Field(ge=0)
+    """Examples: rows, or windows where long texts are cut into some; pairs or groups where rows belong together."""
+    metrics: list[Metric] = []
+    note: str | None = None
+    changed: list[ChangedExample] = []
+    """Of a slice that has rows of its own, those whose answers left the teacher's furthest, the furthest first."""
+
+    def metric(self, name: str) -> Metric | None:
+        """The metric of that name, or `None`."""
+        return next((metric for metric in self.metrics if metric.name == name), None)
+
+    @property
+    def too_small(self) -> bool:
+        """Whether it has too few examples to be judged by."""
+        return self.count < FEWEST_IN_A_SLICE
 
 
 class Candidate(_Growing):

@@ -1,5 +1,5 @@
-"""What a candidate is worth on each slice: the metrics of the whole, and how far its answers move where the rows were
-perturbed."""
+"""What a candidate is worth on each slice: the metrics of the whole, and what the slice's kind asks beside them (how
+far answers move where rows were perturbed, whether rows that belong together get answers that do)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
+from ..models.batching import Examples
 from ..models.data import Data
+from .chance import weighed_against_chance
+from .changed import SHOWN_OF_A_SLICE, most_changed
+from .continuations import continuation_drafts
 from .drafts import MetricDraft
 from .invariance import invariance_drafts
+from .pair_metrics import PairedAnswers, pair_drafts
 from .predictions import Predictions, broken
 from .quality import metric_drafts
-from .report import Check, Metric, Slice
+from .report import ChangedExample, Check, Metric, Slice
 
 if TYPE_CHECKING:
     from .measurement import SliceStandard, Standard
 
-Answer = Callable[[Data], Predictions]
-"""What a candidate answers to rows."""
+Answer = Callable[[Data | Examples], Predictions]
+"""What a candidate answers to rows, or to these very tokens."""
 
 
 def measure_slices(standard: Standard, answers: Predictions, answer: Answer) -> tuple[list[Slice], list[Check]]:
@@ -32,15 +37,27 @@ def measure_slices(standard: Standard, answers: Predictions, answer: Answer) -> 
     """
     slices, checks = [], []
     for part in standard.slices:
-        ours = answer(part.standard.data) if part.positions is None else _at(answers, part)
+        ours = answer(part.examples or part.standard.data) if part.positions is None else _at(answers, part)
         if broken(ours):
             checks.append(
                 Check(name="finite outputs", passed=False, detail=f"NaN or infinity on the slice {part.name}")
             )
             slices.append(_slice(part, [], ["its answers hold NaN or infinity"]))
             continue
-        slices.append(_slice(part, *_metrics(_drafts(standard, part, answers, ours), part)))
+        found = _slice(part, *_metrics(_drafts(standard, part, answers, ours), part))
+        slices.append(found.model_copy(update={"changed": _changed(part, ours)}))
     return slices, checks
+
+
+def _changed(part: SliceStandard, ours: Predictions) -> list[ChangedExample]:
+    """Those of a slice that has rows of its own: others are among the whole's."""
+    if part.positions is not None:
+        return []
+    found = most_changed(part.standard, ours, SHOWN_OF_A_SLICE)
+    if part.together is None:
+        return found
+    places = part.together.places
+    return [item.model_copy(update={"row": int(places[item.row - 1]) + 1}) for item in found]
 
 
 def _at(answers: Predictions, part: SliceStandard) -> Predictions:
@@ -50,6 +67,13 @@ def _at(answers: Predictions, part: SliceStandard) -> Predictions:
 def _drafts(whole: Standard, part: SliceStandard, answers: Predictions, ours: Predictions) -> Iterable[MetricDraft]:
     own, task = part.standard, whole.teacher.task.name
     drafts = metric_drafts(task, own.predictions, ours, own.references, own.label_names, own.pairs)
+    if part.together is not None:
+        paired = PairedAnswers(
+            task, own.predictions, ours, part.together.groups, own.rows, own.references, own.label_names
+        )
+        return chain(pair_drafts(part.together.kind, paired), drafts)
+    if part.kind == "prompts":
+        return chain(drafts, continuation_drafts(own.predictions, ours))
     if part.kind != "perturbed":
         return drafts
     sides = (whole.predictions, own.predictions), (answers, ours)
@@ -78,4 +102,7 @@ def _slice(part: SliceStandard, metrics: list[Metric], said: list[str]) -> Slice
     found = Slice(name=part.name, kind=part.kind, count=part.count, metrics=metrics)
     if found.too_small:
         said = [f"{part.count} examples are too few to judge by", *said]
-    return found.model_copy(update={"note": "; ".join(said) or None})
+    else:
+        metrics, doubts = weighed_against_chance(metrics, part.standard.references)
+        said = [*said, *doubts]
+    return found.model_copy(update={"metrics": metrics, "note": "; ".join(said) or None})

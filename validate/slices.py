@@ -3,6 +3,7 @@ is measured on each (`slice_metrics`), and a mean over all rows hides none of th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
@@ -11,9 +12,12 @@ import numpy as np
 
 from ..errors import InputError, UsageError, did_you_mean
 from ..models.data import TEXT_FIELDS, Data
+from .continuations import continued
 from .measurement import SliceStandard, Standard, examples_for, set_standard
+from .pair_rows import PairRows
 from .perturbations import PERTURBATIONS, BuiltinSlice, Perturbation
-from .predictions import Progress
+from .predictions import Progress, predict
+from .prompts import PROMPT_SLICES, prompts
 
 __all__ = ["BUILTIN", "SlicesAsked", "with_slices"]
 
@@ -41,6 +45,8 @@ class SlicesAsked:
     """Columns of the validation rows, kept when they were read: one slice a value."""
     builtin: Sequence[str] = ()
     """Names out of `BUILTIN`."""
+    pairs: Mapping[str, PairRows] = field(default_factory=dict)
+    """Other rows, of which some belong together, by the name of their slice."""
 
 
 def with_slices(
@@ -57,16 +63,19 @@ def with_slices(
         InputError: a column with no values to slice by, or with too many.
     """
     check_builtin(asked.builtin, standard.teacher.task.name)
-    found = [
-        SliceStandard(
-            name, "file", set_standard(standard.teacher, rows, max_length=standard.max_length, progress=progress)
-        )
-        for name, rows in asked.files.items()
-    ]
+    of_rows = functools.partial(set_standard, standard.teacher, max_length=standard.max_length, progress=progress)
+    found = [SliceStandard(name, "file", of_rows(rows)) for name, rows in asked.files.items()]
+    for name, pairs in asked.pairs.items():
+        found.append(SliceStandard(name, pairs.kind, of_rows(pairs.data), together=pairs))
     for column in asked.by:
         found += _by_value(standard, column)
     for name in dict.fromkeys(asked.builtin):
-        found += _by_length(standard, limit) if name == "length" else [_perturbed(standard, name, progress)]
+        if name == "length":
+            found += _by_length(standard, limit)
+        elif name in PROMPT_SLICES:
+            found.append(_prompted(standard, name, limit, progress))
+        else:
+            found.append(_perturbed(standard, name, progress))
     names = [part.name for part in found]
     for name in names:
         if names.count(name) > 1:
@@ -84,6 +93,12 @@ def check_builtin(names: Collection[str], task: str) -> None:
         if name not in BUILTIN:
             raise UsageError(
                 f"There is no built-in slice {name!r}; there are {', '.join(BUILTIN)}.{did_you_mean(name, BUILTIN)}"
+            )
+        if name in PROMPT_SLICES and task != "text-generation":
+            raise UsageError(
+                f"The slice {name!r} is of prompts, which only a text-generation model goes on from; this one is for "
+                f"{task}.",
+                f"Leave it out; for {task} there are length, {', '.join(PERTURBATIONS)}.",
             )
         change = PERTURBATIONS.get(name)
         if change is not None and task == "token-classification" and not change.for_tagged_words:
@@ -191,6 +206,17 @@ def _perturbed(standard: Standard, name: str, progress: Progress) -> SliceStanda
     }
     own = set_standard(standard.teacher, data.with_values(changed), max_length=standard.max_length, progress=progress)
     return SliceStandard(name, "perturbed", own)
+
+
+def _prompted(standard: Standard, name: str, limit: int, progress: Progress) -> SliceStandard:
+    from datasets import Dataset
+
+    teacher, texts = standard.teacher, prompts(name)
+    data = Data(Dataset.from_dict({"text": texts}), f"{name} prompts", {"text": "text"})
+    examples = continued(teacher, texts, limit)
+    answers = predict(teacher.run, examples, teacher.task, teacher.tokenizer, progress=progress)
+    own = Standard(teacher, data, None, answers, max_length=limit, rows=examples.rows)
+    return SliceStandard(name, "prompts", own, examples=examples)
 
 
 def _rewritten(value: Any, change: Perturbation) -> Any:

@@ -20,6 +20,7 @@ from limbeck.validate.changed import SHOWN
 from limbeck.validate.invariance import invariance_drafts
 from limbeck.validate.measurement import Standard, measure_checkpoint, set_standard
 from limbeck.validate.perturbations import PERTURBATIONS
+from limbeck.validate.prompts import PROMPT_SLICES
 from limbeck.validate.report import Candidate, Slice
 from limbeck.validate.slices import BUILTIN, MOST_VALUES, SlicesAsked, with_slices
 
@@ -262,7 +263,7 @@ def test_what_does_not_suit_is_refused(sentiment: Slicing, tagged: Slicing) -> N
             tagged.standard(SlicesAsked(builtin=[name]))
     with pytest.raises(UsageError, match="Two slices are called 'typos'"):
         sentiment.standard(SlicesAsked(files={"typos": sentiment.rows()}, builtin=["typos"]))
-    assert set(BUILTIN) == {"length", *PERTURBATIONS}
+    assert set(BUILTIN) == {"length", *PERTURBATIONS, *PROMPT_SLICES}
 
 
 def test_the_teacher_is_asked_once_for_all_candidates(sentiment: Slicing, monkeypatch: pytest.MonkeyPatch) -> None:
