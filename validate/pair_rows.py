@@ -82,7 +82,8 @@ def read_pairs(
         )
     task = teacher.task
     optional = (*task.optional_fields, _GROUP, _SIDE)
-    return _text_a_row(checked, read_data(source, task.fields, columns=columns, optional=optional))
+    known = {**(columns or {}), **{name: data.columns[name] for name in PAIR_FIELDS if data.has(name)}}
+    return _text_a_row(checked, read_data(source, task.fields, columns=known, optional=optional))
 
 
 def check_kind(kind: str, task: str) -> PairKind:

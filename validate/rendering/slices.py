@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..headline import headline_among
-from ..report import FEWEST_IN_A_SLICE, Candidate, Metric, Report, Slice, short_number
+from ..report import FEWEST_IN_A_SLICE, Candidate, ChangedExample, Metric, Report, Slice, short_number
 from .figures import Figure, figure_of
 
 _WHOLE = "all examples"
+_OF_A_KIND = ("invariance", "consistency", "counterfactual_flips", "gap", "same_continuation")
+"""Metrics that only some kinds of slices have."""
 _LEAST_FULL = 0.05
 """The loss that is drawn in full colour where none is larger: what is smaller should look small."""
 
@@ -25,7 +27,7 @@ class Cell:
     lost: float
     """How full its colour is, 0 to 1: the square root of its share of the largest loss."""
     moved: str
-    """How far its answers moved under the slice's perturbation, in words."""
+    """What the slice's kind asks beside that, with the teacher's, in words."""
 
     @property
     def text(self) -> str:
@@ -55,6 +57,13 @@ class SliceMap:
     meaning: str
     candidates: list[str]
     rows: list[Row]
+
+
+class Changed(NamedTuple):
+    """Examples that one candidate changed most, of all rows or of a slice."""
+
+    name: str
+    changed: list[ChangedExample]
 
 
 class PlainTable(NamedTuple):
@@ -108,9 +117,13 @@ def worst_slice(report: Report) -> str | None:
     return f"Worst slice: {part.name} ({part.count:,} examples), where {kept}{beside}."
 
 
-def changed_examples(report: Report) -> list[Candidate]:
-    """The candidates that have examples to show."""
-    return [candidate for candidate in report.candidates if candidate.changed]
+def changed_examples(report: Report) -> list[Changed]:
+    """The examples of each candidate, then those of its slices that have rows of their own."""
+    found = []
+    for candidate in report.candidates:
+        found.append(Changed(candidate.name, candidate.changed))
+        found += [Changed(f"{candidate.name}, {part.name}", part.changed) for part in candidate.slices]
+    return [each for each in found if each.changed]
 
 
 def slice_tables(report: Report, escape: Callable[[str], str]) -> Iterator[PlainTable]:
@@ -125,10 +138,10 @@ def _plain_tables(report: Report) -> Iterator[PlainTable]:
         headings = ["Slice", "Examples", *found.candidates, "Note"]
         yield PlainTable(f"Slices: {found.meaning}", headings, [_plain_row(row) for row in found.rows])
     rows = [
-        [candidate.name, f"{item.row:,}", item.text, item.label or "–", item.teacher, item.candidate,
+        [each.name, f"{item.row:,}", item.text, item.label or "–", item.teacher, item.candidate,
          f"{short_number(item.distance, 3)} ({item.measure})"]
-        for candidate in changed_examples(report)
-        for item in candidate.changed
+        for each in changed_examples(report)
+        for item in each.changed
     ]  # fmt: skip
     if rows:
         headings = ["Changed by", "Row", "Text", "Label", "Teacher", "Candidate", "Distance"]
@@ -203,7 +216,10 @@ def _cell(part: Slice | None, metric: str, full: float) -> Cell | None:
 
 
 def _moved(part: Slice) -> str:
-    found = part.metric("invariance")
-    if found is None:
-        return ""
-    return f"invariance {short_number(found.value, 3)}, teacher {short_number(found.teacher, 3)}"
+    found = [metric for name in _OF_A_KIND if (metric := part.metric(name))]
+    return "; ".join(f"{metric.name.replace('_', ' ')} {_beside_the_teacher(metric)}" for metric in found)
+
+
+def _beside_the_teacher(metric: Metric) -> str:
+    told = short_number(metric.value, 3)
+    return told if metric.teacher is None else f"{told}, teacher {short_number(metric.teacher, 3)}"
