@@ -17,6 +17,9 @@ from limbeck.validate.measurement import Standard, measure_checkpoint, set_stand
 from limbeck.validate.pair_metrics import PairedAnswers, pair_drafts
 from limbeck.validate.pair_rows import PairKind, PairRows, read_pairs
 from limbeck.validate.quality import MetricDraft
+from limbeck.validate.rendering import render_html, render_markdown
+from limbeck.validate.rendering.slices import changed_examples
+from limbeck.validate.report import Candidate, ChangedExample, Metric, Report, Slice
 from limbeck.validate.slices import SlicesAsked, with_slices
 
 Write = Callable[..., Path]
@@ -288,6 +291,24 @@ def _moved(checkpoint: Checkpoint) -> Checkpoint:
         for parameter in other.module.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return other
+
+
+def test_examples_of_a_slice_are_shown_under_its_name() -> None:
+    item = ChangedExample(row=3, text="<i>", teacher="a", candidate="b", distance=0.5, measure="KL, nats")
+    own = Slice(name="cad", kind="counterfactual", count=40, changed=[item], metrics=[
+        Metric(name="consistency", value=0.58, teacher=0.6, higher_is_better=True, description=""),
+        Metric(name="accuracy_kept", value=0.98, higher_is_better=True, description=""),
+    ])  # fmt: skip
+    accuracy = Metric(name="accuracy", value=0.9, higher_is_better=True, description="")
+    student = Candidate(name="int8", kind="artifact", backend="onnx", precision="int8", path="x", slices=[own],
+                        metrics=[accuracy])  # fmt: skip
+    report = Report(kind="validation", title="t", created="2026-01-01T00:00:00+00:00", command="c",
+                    candidates=[student])  # fmt: skip
+    assert [each.name for each in changed_examples(report)] == ["int8, cad"]
+    page, text = render_html(report), render_markdown(report)
+    for told in (page, text):
+        assert "int8, cad" in told and "<i>" not in told.split("int8, cad", 1)[1][:600]
+        assert "consistency 0.58, teacher 0.6" in told
 
 
 def test_a_file_and_pairs_of_one_name_are_refused(
