@@ -76,7 +76,7 @@ def test_pairs_are_measured_gated_and_shown(
     assert report.candidates[0].checks[-1].name == "unseen data, slice names"
     page, text = ((tmp_path / "report" / name).read_text() for name in ("report.html", "report.md"))
     for told in (page, text):
-        assert "gap " in told and "invariance 1" in told
+        assert "gap 0" in told and "teacher" in told and "invariance 1" in told
 
 
 def test_few_pairs_judge_nothing(

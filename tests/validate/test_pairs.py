@@ -299,8 +299,10 @@ def test_examples_of_a_slice_are_shown_under_its_name() -> None:
         Metric(name="consistency", value=0.58, teacher=0.6, higher_is_better=True, description=""),
         Metric(name="accuracy_kept", value=0.98, higher_is_better=True, description=""),
     ])  # fmt: skip
+    moved = Metric(name="invariance", value=0.9, teacher=0.95, higher_is_better=True, description="")
+    bare = Slice(name="names", kind="invariance", count=40, metrics=[moved])
     accuracy = Metric(name="accuracy", value=0.9, higher_is_better=True, description="")
-    student = Candidate(name="int8", kind="artifact", backend="onnx", precision="int8", path="x", slices=[own],
+    student = Candidate(name="int8", kind="artifact", backend="onnx", precision="int8", path="x", slices=[own, bare],
                         metrics=[accuracy])  # fmt: skip
     report = Report(kind="validation", title="t", created="2026-01-01T00:00:00+00:00", command="c",
                     candidates=[student])  # fmt: skip
@@ -308,7 +310,8 @@ def test_examples_of_a_slice_are_shown_under_its_name() -> None:
     page, text = render_html(report), render_markdown(report)
     for told in (page, text):
         assert "int8, cad" in told and "<i>" not in told.split("int8, cad", 1)[1][:600]
-        assert "consistency 0.58, teacher 0.6" in told
+        assert "consistency 0.580, teacher 0.600" in told and "98.0%" in told
+        assert "invariance 0.900, teacher 0.950" in told  # of a slice that has no labels, hence nothing kept
 
 
 def test_a_file_and_pairs_of_one_name_are_refused(

@@ -20,9 +20,10 @@ _LEAST_FULL = 0.05
 
 @dataclass(frozen=True)
 class Cell:
-    """What a candidate keeps on one slice: 1 is all that the teacher reaches there."""
+    """What a candidate keeps on one slice: 1 is all that the teacher reaches there. Rows without labels, as pairs often
+    are, may have nothing that is kept and yet what their kind asks."""
 
-    kept: Figure
+    kept: Figure | None
     few: bool
     lost: float
     """How full its colour is, 0 to 1: the square root of its share of the largest loss."""
@@ -31,12 +32,12 @@ class Cell:
 
     @property
     def text(self) -> str:
-        return self.kept.text
+        return self.kept.text if self.kept else "–"
 
     @property
     def interval(self) -> str:
         """The ends of the 95% interval, where it has one."""
-        return self.kept.interval
+        return self.kept.interval if self.kept else ""
 
 
 @dataclass(frozen=True)
@@ -209,10 +210,12 @@ def _loss(kept: Figure | None) -> float:
 
 
 def _cell(part: Slice | None, metric: str, full: float) -> Cell | None:
-    kept = _kept(part, metric) if part is not None else None
-    if part is None or kept is None:
+    if part is None:
         return None
-    return Cell(kept, part.too_small, math.sqrt(min(_loss(kept) / full, 1.0)), _moved(part))
+    kept, moved = _kept(part, metric), _moved(part)
+    if kept is None and not moved:
+        return None
+    return Cell(kept, part.too_small, math.sqrt(min(_loss(kept) / full, 1.0)), moved)
 
 
 def _moved(part: Slice) -> str:
