@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from .pair_rows import PairRows
 from .predictions import Predictions, Progress, broken, predict
 from .quality import measure_quality, score
 from .report import Candidate, Check, Metric, SliceKind
-from .slice_metrics import Answer, measure_slices
+from .slice_metrics import measure_slices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +46,8 @@ class Standard:
     """The row of the data, counted from 0, that each example is from."""
     slices: tuple[SliceStandard, ...] = ()
     """Parts of the data, and data beside them, that candidates are measured on as well (see `slices.with_slices`)."""
+    observers: tuple[Observer, ...] = ()
+    """What else is to be learnt of a candidate once it has answered."""
 
     @property
     def data_name(self) -> str:
@@ -78,6 +81,21 @@ class SliceStandard:
         if self.together is not None:
             return len(self.together.groups)
         return len(self.standard.rows) // (2 if self.standard.pairs else 1)
+
+
+@dataclass(frozen=True)
+class Answering:
+    """A candidate that has answered all rows, and may be asked more."""
+
+    name: str
+    run: Run
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    answers: Predictions
+
+
+Observer = Callable[[Answering], list[Metric]]
+"""Told each candidate, says what metrics it adds."""
 
 
 def examples_for(task_of: Checkpoint, data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Examples:
@@ -214,7 +232,7 @@ class _Asked:
         return predict(self.run, rows, teacher.task, self.tokenizer, progress=self.progress)
 
 
-def _with_quality(candidate: Candidate, answer: Answer, standard: Standard) -> Candidate:
+def _with_quality(candidate: Candidate, answer: _Asked, standard: Standard) -> Candidate:
     answers = answer(standard.data)
     if broken(answers):
         check = Check(name="finite outputs", passed=False, detail=f"{candidate.name} answers with NaN or infinity")
@@ -229,8 +247,9 @@ def _with_quality(candidate: Candidate, answer: Answer, standard: Standard) -> C
         pairs=standard.pairs,
     )
     slices, checks = measure_slices(standard, answers, answer)
+    answering = Answering(candidate.name, answer.run, answer.tokenizer, answer.max_length, answers)
     found = {
-        "metrics": quality.metrics,
+        "metrics": [*quality.metrics, *(metric for observe in standard.observers for metric in observe(answering))],
         "reliability": quality.reliability,
         "temperature": quality.temperature,
         "slices": slices,
