@@ -18,6 +18,7 @@ Examples:
     --slice long=long.jsonl --out report
   limbeck validate artifact --teacher ./model --data heldout.jsonl --pairs edited=counterfactual:edited.jsonl \
     --pairs names=invariance:names.jsonl --out report
+  limbeck validate artifact --teacher ./llama --data texts.jsonl --harness hellaswag,arc_easy --out report
 """
 
 
@@ -46,21 +47,30 @@ Examples:
     metavar="NAME=KIND:FILE",
     help="Rows that belong together; KIND is invariance, counterfactual or bias.",
 )
+@click.option(
+    "--harness", "tasks", multiple=True, metavar="TASKS", help="Tasks of the lm-evaluation-harness to run as well."
+)
+@click.option("--harness-tasks", metavar="DIR", help="Folder of task files beside the harness's own.")
+@click.option(
+    "--generation", type=int, help="Prompts whose greedy text is compared.  [default: 20, where the task is to write]"
+)
 @click.option("--latency/--no-latency", default=True, help="Time teacher and artifacts side by side.  [default: on]")
 @click.option("--batch-size", type=int, help="Of the timed call.  [default: 1]")
 @click.option("--sequence-length", type=int, help="Of the timed call, in tokens.  [default: 128]")
 @click.option("--threads", type=int, help="[default: all]")
 @click.option("--rounds", type=int, help="Rounds in which all take turns.")
-@click.option("--samples", type=int, help="Use the first N rows (of --pairs the first N pairs) only.")
+@click.option(
+    "--samples", type=int, help="Use the first N rows (of --pairs the first N pairs) only, of every file and task."
+)
 @model_options
 @column_option
 @out_options
 @json_option
 def command(
     artifacts: tuple[str, ...], teacher: str, data: str, gates: str | None, slice_files: tuple[str, ...],
-    slice_by: tuple[str, ...], builtin: tuple[str, ...], pair_files: tuple[str, ...], latency: bool,
-    samples: int | None, task: str | None, trust_remote_code: bool, columns: tuple[str, ...], out: str,
-    overwrite: bool, as_json: bool,
+    slice_by: tuple[str, ...], builtin: tuple[str, ...], pair_files: tuple[str, ...], tasks: tuple[str, ...],
+    harness_tasks: str | None, generation: int | None, latency: bool, samples: int | None, task: str | None,
+    trust_remote_code: bool, columns: tuple[str, ...], out: str, overwrite: bool, as_json: bool,
     **settings: object,
 ) -> None:  # fmt: skip
     """Hold ARTIFACTS against their teacher on the same examples, and write a report.
@@ -80,6 +90,7 @@ def command(
         progress.say("loading")
         from ..models.checkpoint import load_checkpoint
         from ..recipes.steps import validate
+        from ..validate.harness import HarnessAsked
         from ..validate.latency import BenchSettings
         from ..validate.pair_rows import PAIR_FIELDS, read_pairs
         from ..validate.rendering import render_table, write_report
@@ -93,10 +104,14 @@ def command(
         slices = SlicesAsked(
             files={name: loaded.read(file, fields).head(samples) for name, file in others.items()},
             by=slice_by,
-            builtin=[name.strip() for names in builtin for name in names.split(",")],
+            builtin=_names(builtin),
             pairs={name: read_pairs(loaded, kind, file, named).head(samples) for name, (kind, file) in paired.items()},
         )
-        report = validate(folders, loaded, rows, gates=limits, latency=timing, slices=slices, progress=progress)
+        harness = HarnessAsked(_names(tasks), Path(harness_tasks) if harness_tasks else None, samples)
+        report = validate(
+            folders, loaded, rows, gates=limits, latency=timing, slices=slices, generation=generation,
+            harness=harness, progress=progress,
+        )  # fmt: skip
         with staged_folder(Path(out), overwrite) as staging:
             write_report(report, staging)
     if as_json:
@@ -119,3 +134,8 @@ def _kind_and_file(text: str) -> tuple[str, str]:
             f"--pairs takes NAME=KIND:FILE, with invariance, counterfactual or bias for KIND, not {text!r}."
         )
     return kind, str(existing(file))
+
+
+def _names(listed: tuple[str, ...]) -> list[str]:
+    """Names that were given together, with commas between, or one by one."""
+    return [name.strip() for names in listed for name in names.split(",")]

@@ -15,6 +15,7 @@ from ..backends.registry import backend_for
 from ..errors import InputError, UsageError
 from ..files import files_below, mend_half_done_swap, read_document, staged_folder, write_json, write_text
 from ..validate.gates import apply_gates
+from ..validate.profile import load_baseline
 from ..validate.report import Report, load_report
 from .cycle import CYCLE_FILE, CycleRecord, KeptRounds, run_cycle, unknown_floor, with_note
 from .keys import Keys, folder_of
@@ -304,6 +305,7 @@ class RecipeRun:
                 "constraints": constraints,
                 "gates": apply_gates(report, self.recipe.all_gates()),
                 "notes": [*report.notes, *self._notes(folders)],
+                "monitoring": load_baseline(folders["measurement"]),
             }
         )
         write_report(report, self.out)

@@ -26,7 +26,10 @@ from ..prune.gradual import SparsityInTraining
 from ..prune.pruning import prune as prune_checkpoint
 from ..prune.settings import PruneSettings
 from ..prune.sparsify_settings import SparsifySettings
+from ..validate.baseline import Monitoring
 from ..validate.gates import apply_gates
+from ..validate.generation import check_prompts, set_generation
+from ..validate.harness import HarnessAsked, open_harness
 from ..validate.latency import BenchResult, BenchSettings, BenchSubject
 from ..validate.latency import bench as time_side_by_side
 from ..validate.measurement import (
@@ -139,6 +142,8 @@ def validate(
     latency: BenchSettings | None = None,
     baselines: Sequence[str] = (),
     slices: SlicesAsked | None = None,
+    generation: int | None = None,
+    harness: HarnessAsked | None = None,
     progress: Progress = SILENT,
 ) -> Report:
     """Hold compiled artifacts against their teacher on the same examples, and time them side by side.
@@ -148,16 +153,26 @@ def validate(
         latency: how to time teacher and artifacts; not timed when not given.
         baselines: names of artifacts that are measured for comparison only: gates do not look at them.
         slices: parts of the rows, and rows beside them, to measure each on its own as well.
+        generation: prompts whose greedy text is compared, where the task is to write; 20 when not given.
+        harness: tasks of the lm-evaluation-harness to run teacher and artifacts on.
     """
     check_references(gates, previous_given=False)
     slices = slices or SlicesAsked()
     check_builtin(slices.builtin, teacher.task.name)
+    check_prompts(generation, teacher.task.name)
     opened = {name: open_artifact(folder) for name, folder in artifacts.items()}
+    tasks = None
+    if harness and harness.tasks:
+        progress.say("teacher, on the harness's tasks")
+        tasks = open_harness(harness, teacher, progress.advance)
     progress.say("teacher")
     limit = min([teacher.max_length, *(manifest.max_length for manifest in opened.values())])
     same_windows = limit if teacher.task.name == "text-generation" else None
     standard = set_standard(teacher, data, max_length=same_windows, progress=progress.advance)
     standard = with_slices(standard, slices, limit, progress.advance)
+    texts = set_generation(standard, generation, limit)
+    monitoring = Monitoring(standard)
+    standard = replace(standard, observers=tuple(filter(None, (monitoring, texts, tasks))))
     candidates = []
     for name, folder in artifacts.items():
         progress.say(name)
@@ -188,6 +203,7 @@ def validate(
             for where, rows in _measured_rows(data, slices).items()
         ],
         notes=[*_notes(opened), *_temperatures(candidates)],
+        monitoring=monitoring.baseline({name: manifest.artifact_id for name, manifest in opened.items()}),
     )
     return report.model_copy(update={"gates": apply_gates(report, gates)}) if gates else report
 

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..models.lineage import Curve, LayerSimilarity, LayerWidths, Step
 from .gate import REFERENCE_WORDS, Gate, GateResult, Verdict, exact_number
+from .profile import Baseline
 
 SCHEMA_VERSION: Final = 1
 REPORT_FILE = "report.json"
@@ -232,6 +234,8 @@ class Report(_Growing):
     environment: dict[str, Any] = {}
     data: list[str] = []
     notes: list[str] = []
+    monitoring: SkipJsonSchema[Baseline | None] = Field(default=None, exclude=True)
+    """What live traffic will be held against; written beside the report, in a file of its own."""
 
     @model_validator(mode="before")
     @classmethod
@@ -260,10 +264,13 @@ class Report(_Growing):
 
 
 def save_report(report: Report, folder: Path) -> Path:
-    """Write `report.json` into `folder`, whole or not at all, and return its path."""
+    """Write `report.json` into `folder`, whole or not at all, and return its path; beside it `monitoring.json`, where
+    there is a baseline."""
     path = folder / REPORT_FILE
     # through pydantic's own JSON, which knows paths, dates and figures that are not finite
     write_json(path, json.loads(report.model_dump_json()))
+    if report.monitoring is not None:
+        report.monitoring.save(folder)
     return path
 
 

@@ -193,7 +193,8 @@ def test_build_of_what_needs_none(onnx: Path, tmp_path: Path, limbeck: Limbeck) 
 
 
 def test_validate_writes_every_kind_of_report(report: Path) -> None:
-    assert {path.name for path in report.iterdir()} == {"report.html", "report.json", "report.md", "junit.xml"}
+    written = {"report.html", "report.json", "report.md", "junit.xml", "monitoring.json"}
+    assert {path.name for path in report.iterdir()} == written
     loaded = load_report(report)
     assert loaded.verdict == "pass"
     assert [candidate.name for candidate in loaded.candidates] == ["onnx", "openvino"]

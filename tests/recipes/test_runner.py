@@ -108,7 +108,7 @@ def test_a_run_does_every_stage_and_reports(first: Finished, out: Path) -> None:
     assert first.report.verdict == "pass"
     assert [candidate.name for candidate in first.report.candidates] == list(EXPORTS)
     assert {path.name for path in out.iterdir() if path.is_file()} == {
-        "report.html", "report.json", "report.md", "junit.xml"
+        "report.html", "report.json", "report.md", "junit.xml", "monitoring.json"
     }  # fmt: skip
     assert load_report(out).gates == first.report.gates
     assert load_checkpoint(first.folders["narrow"]).lineage.steps[-1].verb == "prune"
