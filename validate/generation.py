@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _DEFAULT_PROMPTS = 20
 _FEWEST_PROMPTS = 2
+_PIECE = 2000
+"""Characters of a row that give one prompt: a row may be a book."""
 _PROMPT_TOKENS = 32
 _NEW_TOKENS = 32
 _BATCH_SIZE = 8
@@ -113,11 +115,12 @@ class Generation:
 
 
 def set_generation(standard: Standard, prompts: int | None, limit: int) -> Generation | None:
-    """The teacher's continuations of the beginnings of some rows, drawn with a fixed seed, by transformers' own
-    `generate`; `None` where the task is another, none were asked for, or fewer than two rows have tokens.
+    """The teacher's continuations of the beginnings of some rows (of long ones, of every 2,000 characters), drawn with
+    a fixed seed, by transformers' own `generate`; `None` where the task is another, none were asked for, or fewer than
+    two have tokens.
 
     Args:
-        prompts: how many rows at most; 20 where not given.
+        prompts: how many at most; 20 where not given.
         limit: tokens that every side can hold.
     """
     teacher = standard.teacher
@@ -126,7 +129,8 @@ def set_generation(standard: Standard, prompts: int | None, limit: int) -> Gener
         return None
     tokens = min(_PROMPT_TOKENS, limit // 2)
     chosen: dict[str, list[int]] = {}
-    texts = texts_of(standard.data, "text")
+    rows = texts_of(standard.data, "text")
+    texts = [text[start : start + _PIECE] for text in rows for start in range(0, len(text), _PIECE)]
     for row in np.random.default_rng(0).permutation(len(texts)):
         if len(chosen) == prompts:
             break

@@ -103,6 +103,14 @@ def test_a_candidate_of_the_same_weights_agrees_and_another_does_not(
     assert all(metric.low <= metric.value <= metric.high for metric in other.values())
 
 
+def test_a_book_gives_more_than_one_prompt(
+    teacher: Checkpoint, write_jsonl: Write, texts: list[str], tmp_path: Path
+) -> None:
+    book = teacher.read(write_jsonl(tmp_path / "book.jsonl", [{"text": " ".join(texts * 4)}]))
+    found = set_generation(Standard(teacher, book, None, {}), 4, 64)
+    assert found is not None and len(set(found.texts)) == 4
+
+
 def test_a_model_that_sees_ahead_is_found_out(standard: Standard) -> None:
     """Told the teacher's text, it would repeat it; here it has to write."""
     generation = set_generation(standard, 4, 64)
