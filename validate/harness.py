@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import numpy as np
 
@@ -33,6 +33,8 @@ _SEED = 1234
 _RESAMPLES = 1000
 _95_PERCENT = 1.959964
 _NEAR = 5
+_ONE_PROCESS = "DISABLE_MULTIPROC"
+"""The variable that keeps the harness from forking processes to bootstrap in."""
 
 
 @dataclass(frozen=True)
@@ -235,15 +237,19 @@ def _quiet() -> Iterator[None]:
     """The harness without its bars, log lines and prints, and without the processes that it forks to bootstrap in."""
     import lm_eval.api.task
 
-    log = logging.getLogger("lm_eval")
-    level = log.level
-    with ExitStack() as stack:
-        stack.enter_context(redirect_stdout(sys.stderr))
-        stack.enter_context(mock.patch.dict("os.environ", {"DISABLE_MULTIPROC": "1"}))
-        stack.enter_context(mock.patch.object(lm_eval.api.task, "tqdm", lambda items, **settings: items))
-        stack.callback(log.setLevel, level)
-        log.setLevel(logging.CRITICAL)
-        yield
+    module, log = lm_eval.api.task, logging.getLogger("lm_eval")
+    bar, level, forking = module.tqdm, log.level, os.environ.get(_ONE_PROCESS)
+    module.tqdm = lambda items, **settings: items
+    log.setLevel(logging.CRITICAL)
+    os.environ[_ONE_PROCESS] = "1"
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        module.tqdm = bar
+        log.setLevel(level)
+        if forking is None:
+            del os.environ[_ONE_PROCESS]
 
 
 def _interval(figure: Figure) -> Interval | None:
