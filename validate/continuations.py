@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 
-from ..models.batching import IGNORED_LABEL, Examples, Feature, padding_id
+from ..models.batching import IGNORED_LABEL, Examples, Feature
 from ..models.checkpoint import Checkpoint
 from .drafts import MetricDraft, by_bootstrap, by_wilson
+from .generation import greedy
 from .predictions import Predictions
 
 NEW_TOKENS = 32
-_AT_ONCE = 8
 
 
 def continued(teacher: Checkpoint, prompts: Sequence[str], limit: int) -> Examples:
@@ -26,48 +25,11 @@ def continued(teacher: Checkpoint, prompts: Sequence[str], limit: int) -> Exampl
     so that both fit into `limit` tokens (at least half of which are the prompt's)."""
     room = min(NEW_TOKENS, limit // 2)
     encoded = teacher.tokenizer(list(prompts), truncation=True, max_length=limit - room, padding=False)["input_ids"]
-    order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
-    features: list[Feature] = [{} for _ in encoded]
-    for start in range(0, len(order), _AT_ONCE):
-        rows = order[start : start + _AT_ONCE]
-        prompt_ids = [encoded[row] for row in rows]
-        for row, prompt, new in zip(rows, prompt_ids, _greedy(teacher, prompt_ids, room), strict=True):
-            whole = [*prompt, *new]
-            labels = [IGNORED_LABEL] * len(prompt) + new
-            features[row] = {"input_ids": whole, "attention_mask": [1] * len(whole), "labels": labels}
+    features: list[Feature] = []
+    for prompt, new in zip(encoded, greedy(teacher, encoded, room), strict=True):
+        whole, labels = [*prompt, *new], [IGNORED_LABEL] * len(prompt) + new
+        features.append({"input_ids": whole, "attention_mask": [1] * len(whole), "labels": labels})
     return Examples(features)
-
-
-@torch.inference_mode()
-def _greedy(teacher: Checkpoint, prompts: Sequence[list[int]], room: int) -> list[list[int]]:
-    """What the model finds likeliest, token by token, up to its end token, and with it."""
-    from transformers import GenerationConfig
-
-    model, fill = teacher.model, padding_id(teacher.tokenizer)
-    own = model.generation_config
-    ends = own.eos_token_id if own.eos_token_id is not None else teacher.tokenizer.eos_token_id
-    width = max(map(len, prompts))
-    ids = [[fill] * (width - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    # its penalties and samplers would fill what is left open, and what is written would not be what it finds likeliest
-    model.generation_config = GenerationConfig()
-    try:
-        written = model.generate(
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            generation_config=GenerationConfig(
-                max_new_tokens=room, do_sample=False, pad_token_id=fill, eos_token_id=ends
-            ),
-        )
-    finally:
-        model.generation_config = own
-    return [_to_the_end(row[width:].tolist(), ends) for row in written]
-
-
-def _to_the_end(tokens: list[int], ends: int | list[int] | None) -> list[int]:
-    known = ends if isinstance(ends, list) else [ends]
-    first = next((place for place, token in enumerate(tokens) if token in known), len(tokens))
-    return tokens[: first + 1]
 
 
 def continuation_drafts(teacher: Predictions, candidate: Predictions) -> Iterator[MetricDraft]:

@@ -116,8 +116,7 @@ class Generation:
 
 def set_generation(standard: Standard, prompts: int | None, limit: int) -> Generation | None:
     """The teacher's continuations of the beginnings of some rows (of long ones, of every 2,000 characters), drawn with
-    a fixed seed, by transformers' own `generate`; `None` where the task is another, none were asked for, or fewer than
-    two have tokens.
+    a fixed seed; `None` where the task is another, none were asked for, or fewer than two have tokens.
 
     Args:
         prompts: how many at most; 20 where not given.
@@ -138,7 +137,7 @@ def set_generation(standard: Standard, prompts: int | None, limit: int) -> Gener
             chosen[texts[row]] = prompt
     if len(chosen) < _FEWEST_PROMPTS:
         return None
-    written = _generate(teacher, list(chosen.values()), min(_NEW_TOKENS, limit - tokens))
+    written = greedy(teacher, list(chosen.values()), min(_NEW_TOKENS, limit - tokens))
     return Generation(list(chosen), tokens, written, standard.data_name)
 
 
@@ -149,29 +148,43 @@ def _prompt(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[
 
 
 @torch.inference_mode()
-def _generate(teacher: Checkpoint, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """Greedy, whatever the model's own generation settings ask for. Prompts of one length share a batch, so that no
-    padding is needed."""
+def greedy(teacher: Checkpoint, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """What a model finds likeliest after each prompt, token by token, up to its end token and with it, by transformers'
+    own `generate`. Whatever else its generation settings ask for: their penalties and samplers would fill what is left
+    open. Prompts of one length share a batch, so that no padding is needed.
+
+    Args:
+        prompts: token ids, at least one each.
+        count: tokens at most.
+    """
     from transformers import GenerationConfig
 
+    model, own = teacher.model, teacher.model.generation_config
     end = teacher.tokenizer.eos_token_id
-    own = teacher.model.generation_config
-    teacher.model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
+    ends = own.eos_token_id if own is not None and own.eos_token_id is not None else end
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=end)
     by_length: dict[int, list[int]] = defaultdict(list)
     for place, prompt in enumerate(prompts):
         by_length[len(prompt)].append(place)
     written: list[list[int]] = [[] for _ in prompts]
     try:
-        for length, places in by_length.items():
-            ids = torch.tensor([prompts[place] for place in places], device=teacher.model.device)
-            found = teacher.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count
-            )
-            for place, row in zip(places, found[:, length:].tolist(), strict=True):
-                written[place] = row[: row.index(end) + 1] if end in row else row
+        for length, alike in by_length.items():
+            for places in (alike[start : start + _BATCH_SIZE] for start in range(0, len(alike), _BATCH_SIZE)):
+                ids = torch.tensor([list(prompts[place]) for place in places], device=model.device)
+                found = model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count
+                )
+                for place, row in zip(places, found[:, length:].tolist(), strict=True):
+                    written[place] = _to_the_end(row, ends)
     finally:
-        teacher.model.generation_config = own
+        model.generation_config = own
     return written
+
+
+def _to_the_end(tokens: list[int], ends: int | list[int] | None) -> list[int]:
+    known = ends if isinstance(ends, list) else [ends]
+    first = next((place for place, token in enumerate(tokens) if token in known), len(tokens))
+    return tokens[: first + 1]
 
 
 def _shared(left: Sequence[int], right: Sequence[int]) -> int:
