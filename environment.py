@@ -65,6 +65,29 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+def cpus_to_pin(threads: int) -> list[int]:
+    """The logical CPUs, of those that this process may use, that a process of so many threads is best pinned to: one a
+    core as far as there are cores, the low numbers first (where cores differ, the fast ones come first). Empty where
+    the system pins no processes."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    taken: dict[str, int] = {}
+    ranked = []
+    for cpu in sorted(os.sched_getaffinity(0)):
+        core = _core_of(cpu)
+        ranked.append((taken.get(core, 0), cpu))
+        taken[core] = taken.get(core, 0) + 1
+    return sorted(cpu for _, cpu in sorted(ranked)[:threads])
+
+
+def _core_of(cpu: int) -> str:
+    """The CPUs that share its core, as Linux lists them."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii")
+    except OSError:
+        return str(cpu)
+
+
 @functools.cache
 def cpu_facts() -> dict[str, Any]:
     """Model name, logical CPUs available, memory in bytes, and the instruction sets that decide speed

@@ -52,7 +52,8 @@ class OnnxRunner(Runner):
         self.properties = {
             "runtime": f"onnxruntime {onnxruntime.__version__}",
             "providers": ", ".join(self._session.get_providers()),
-            "threads": str(options.intra_op_num_threads),
+            # as the session has it: ORT_LOAD_CONFIG_FROM_MODEL lets a graph overrule what it was asked for
+            "threads": str(self._session.get_session_options().intra_op_num_threads),
             **(properties or {}),
         }
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .options import TASK_NAMES, checked, existing, json_option
 
+if TYPE_CHECKING:
+    from ..validate.scenarios import ScenarioSettings
+
+SCENARIO_NAMES = ("single-stream", "multi-stream", "offline", "server")
 EXAMPLES = """
 \b
 Examples:
   limbeck bench artifact --against ./model
   limbeck bench artifact --against other-artifact --batch-size 8 --sequence-length 64 --json
+  limbeck bench artifact --scenario single-stream,offline --out speed
+  limbeck bench artifact --scenario server --target-qps 200 --latency-bound-ms 10
 """
 
 
@@ -24,35 +31,87 @@ Examples:
 @click.option("--threads", type=int, help="Of each runtime.  [default: all]")
 @click.option("--rounds", type=int, help="Rounds in which all take turns.")
 @click.option("--task", metavar="TASK", help=f"Of checkpoints; one of {', '.join(TASK_NAMES)}.")
+@click.option("--noise/--no-noise", default=None, help="Time the first one twice.  [default: with --against]")
+@click.option("--scenario", metavar="NAMES", help=f"MLPerf's, after that: of {', '.join(SCENARIO_NAMES)}.")
+@click.option("--duration", type=float, help="Seconds of each scenario.  [default: 10]")
+@click.option("--target-qps", type=float, help="Server: queries a second.  [default: the most that holds the bound]")
+@click.option("--latency-bound-ms", type=float, help="Server: what 99 % of queries are answered within.")
+@click.option("--out", metavar="DIR", help="Folder for a report, which limbeck gate reads; must be new or empty.")
+@click.option("--overwrite", is_flag=True, help="Replace what --out holds.")
 @json_option
-def command(subject: str, against: tuple[str, ...], task: str | None, as_json: bool, **settings: object) -> None:
+def command(
+    subject: str, against: tuple[str, ...], task: str | None, noise: bool | None, scenario: str | None,
+    duration: float | None, target_qps: float | None, latency_bound_ms: float | None, out: str | None, overwrite: bool,
+    as_json: bool, **settings: object,
+) -> None:  # fmt: skip
     """Time SUBJECT (an artifact, or a checkpoint in eager torch) beside others.
 
     Each runs in a process of its own and all take turns, so that a slow minute hits all alike. Ratios are to the first
-    --against.
+    --against. MLPerf's scenarios follow, one after the other.
     """
-    from ..errors import UsageError
+    from ..files import check_output_folder, staged_folder
     from ..validate.latency import BenchSettings
-    from .console import print_json, show, working
+    from .console import done, print_json, show, working
 
-    wanted = checked(BenchSettings, settings)
-    ordered = [*against, subject]  # the first one is what ratios are to
+    if out is not None:
+        check_output_folder(Path(out), overwrite)
+    twin = bool(against) if noise is None else noise
+    wanted = checked(BenchSettings, {**settings, "measure_noise": twin})
+    asked = _scenarios(scenario, duration=duration, target_qps=target_qps, latency_bound_ms=latency_bound_ms)
+    folders = _folders([*against, subject])  # the first one is what ratios are to
+    with working() as progress:
+        from ..recipes.steps import bench
+        from ..validate.rendering import render_table, write_report
+
+        report = bench(folders, wanted, scenarios=asked, task=task, progress=progress)
+        if out is not None:
+            with staged_folder(Path(out), overwrite) as staging:
+                write_report(report, staging)
+    if as_json:
+        noise_found = report.noise.model_dump() if report.noise else None
+        print_json({"candidates": [_figures(candidate) for candidate in report.candidates], "noise": noise_found,
+                    "energy": report.energy, "environment": report.environment})  # fmt: skip
+    else:
+        show(render_table(report))
+    if out is not None:
+        done(f"Report: {Path(out) / 'report.html'}")
+
+
+def _folders(paths: list[str]) -> dict[str, Path]:
+    from ..errors import UsageError
+
     folders: dict[str, Path] = {}
-    for path in ordered:
+    for path in paths:
         name = Path(path).resolve().name
         if name in folders:
             raise UsageError(f"{path} and {folders[name]} have the same name; rename one of the folders.")
         folders[name] = existing(path)
-    with working() as progress:
-        from ..recipes.steps import bench
-        from ..validate.rendering import render_table
+    return folders
 
-        report = bench(folders, wanted, task=task, progress=progress)
-    if as_json:
-        print_json({"candidates": [_figures(candidate) for candidate in report.candidates],
-                    "environment": report.environment})  # fmt: skip
-    else:
-        show(render_table(report))
+
+def _scenarios(names: str | None, **asked: float | None) -> ScenarioSettings | None:
+    """The settings of the scenarios that are asked for; `None` where none is.
+
+    Raises:
+        UsageError: a name that there is not, or an option without a scenario.
+    """
+    from ..errors import UsageError, did_you_mean
+    from ..validate.scenarios import ScenarioSettings
+
+    if names is None:
+        given = [name for name, value in asked.items() if value is not None]
+        if given:
+            option = f"--{given[0].replace('_', '-')}"
+            raise UsageError(f"{option} is for MLPerf's scenarios, and none was asked for.", "Add --scenario.")
+        return None
+    listed = [name.strip() for name in names.split(",")]
+    for name in listed:
+        if name not in SCENARIO_NAMES:
+            raise UsageError(
+                f"There is no scenario {name!r}; there are {', '.join(SCENARIO_NAMES)}."
+                f"{did_you_mean(name, SCENARIO_NAMES)}"
+            )
+    return checked(ScenarioSettings, {"scenario": tuple(name.replace("-", "_") for name in listed), **asked})
 
 
 def _figures(candidate: object) -> dict[str, object]:
@@ -61,6 +120,9 @@ def _figures(candidate: object) -> dict[str, object]:
     assert isinstance(candidate, Candidate)
     latency = candidate.latencies[0]
     wanted = ("batch_size", "sequence_length", "threads", "rounds", "samples", "p50_ms", "p90_ms", "p99_ms", "mean_ms",
-              "speedup", "speedup_low", "speedup_high", "properties")  # fmt: skip
-    costs = {name: metric.value for name in ("cold_start_ms", "peak_memory_mb") if (metric := candidate.metric(name))}
-    return {"name": candidate.name, **{name: getattr(latency, name) for name in wanted}, **costs}
+              "speedup", "speedup_low", "speedup_high", "properties", "settled", "cpus")  # fmt: skip
+    costs = {name: metric.value for name in ("cold_start_ms", "peak_memory_mb", "energy_mj")
+             if (metric := candidate.metric(name))}  # fmt: skip
+    scenarios = [scenario.model_dump() for scenario in candidate.scenarios]
+    return {"name": candidate.name, **{name: getattr(latency, name) for name in wanted}, **costs,
+            "scenarios": scenarios}  # fmt: skip

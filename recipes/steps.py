@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from ..backends.registry import load_runner
 from ..distill.callbacks import Modification
@@ -32,17 +33,19 @@ from ..validate.generation import check_prompts, set_generation
 from ..validate.harness import HarnessAsked, open_harness
 from ..validate.latency import BenchResult, BenchSettings, BenchSubject
 from ..validate.latency import bench as time_side_by_side
+from ..validate.loadgen import require_loadgen
 from ..validate.measurement import (
     check_overlap,
     describe_teacher,
     measure_artifact,
     score_checkpoint,
     set_standard,
-    with_latency,
 )
+from ..validate.performance_metrics import with_latency, with_scenarios
 from ..validate.quality import headline_metric, higher_is_better, score
 from ..validate.relative import check_references
 from ..validate.report import Candidate, Gate, Report
+from ..validate.scenarios import ScenarioSettings, run_scenarios
 from ..validate.slices import SlicesAsked, check_builtin, with_slices
 from .building import build, export_for_device
 from .exporting import export
@@ -185,9 +188,9 @@ def validate(
         unseen = [check_overlap(rows, seen, where) for where, rows in _measured_rows(data, slices).items()]
         more = {"checks": [*candidate.checks, *unseen], "baseline": name in baselines}
         candidates.append(candidate.model_copy(update=more))
-    described = describe_teacher(teacher)
+    described, timed = describe_teacher(teacher), None
     if latency is not None:
-        described, candidates = _timed(teacher, described, candidates, artifacts, opened, latency, progress)
+        described, candidates, timed = _timed(teacher, described, candidates, artifacts, opened, latency, progress)
     newest = max(opened.values(), key=lambda manifest: len(manifest.lineage.steps))
     report = Report(
         kind="validation",
@@ -204,6 +207,7 @@ def validate(
         ],
         notes=[*_notes(opened), *_temperatures(candidates)],
         monitoring=monitoring.baseline({name: manifest.artifact_id for name, manifest in opened.items()}),
+        **(_of_the_bench(timed) if timed else {}),
     )
     return report.model_copy(update={"gates": apply_gates(report, gates)}) if gates else report
 
@@ -240,28 +244,46 @@ def _timed(
     opened: dict[str, Manifest],
     settings: BenchSettings,
     progress: Progress,
-) -> tuple[Candidate, list[Candidate]]:
-    """Teacher and artifacts timed in turn. A kit is left out: its device is elsewhere, and its graph's time here would
-    say nothing."""
+) -> tuple[Candidate, list[Candidate], BenchResult]:
+    """Teacher and artifacts timed in turn, and the teacher's result. A kit is left out: its device is elsewhere, and
+    its graph's time here would say nothing."""
     names = [name for name in artifacts if not (opened[name].is_kit or opened[name].stand_in)]
     subjects = [BenchSubject(name="teacher", path=Path(teacher.source), kind="checkpoint", task=teacher.task.name)]
     subjects += [BenchSubject(name=name, path=artifacts[name], kind="artifact") for name in names]
     results = {result.subject.name: result for result in time_side_by_side(subjects, settings, progress.say)}
     baseline = results["teacher"]
-    return with_latency(described, baseline, None), [
+    measured = [
         with_latency(candidate, results[candidate.name], baseline) if candidate.name in results else candidate
         for candidate in candidates
     ]
+    return with_latency(described, baseline, None), measured, baseline
+
+
+def _of_the_bench(first: BenchResult) -> dict[str, Any]:
+    """What a bench says once, of its first subject: the noise, and energy or why there is none."""
+    energy = (
+        f"Energy was measured by {first.meter}." if first.meter else f"Energy is not measurable here: {first.no_meter}."
+    )
+    return {"noise": first.noise, "energy": energy}
 
 
 def bench(
-    subjects: dict[str, Path], settings: BenchSettings, *, task: str | None = None, progress: Progress = SILENT
+    subjects: dict[str, Path],
+    settings: BenchSettings,
+    *,
+    scenarios: ScenarioSettings | None = None,
+    task: str | None = None,
+    progress: Progress = SILENT,
 ) -> Report:
-    """Time checkpoints (eager torch) and artifacts side by side; ratios are to the first.
+    """Time checkpoints (eager torch) and artifacts side by side, ratios to the first; then, one after the other, in the
+    scenarios of MLPerf that are asked for.
 
     Raises:
         InputError: a path that is neither.
+        BackendUnavailable: scenarios without LoadGen.
     """
+    if scenarios is not None:
+        require_loadgen()  # before anything is timed
     listed = [
         BenchSubject(name=name, path=path, kind="artifact" if (path / "manifest.json").exists() else "checkpoint",
                      task=task if not (path / "manifest.json").exists() else None)
@@ -272,6 +294,11 @@ def bench(
         with_latency(_bare_candidate(result), result, results[0] if result is not results[0] else None)
         for result in results
     ]
+    if scenarios is not None:
+        candidates = [
+            with_scenarios(candidate, run_scenarios(subject, scenarios, settings, progress.say))
+            for candidate, subject in zip(candidates, listed, strict=True)
+        ]
     return Report(
         kind="benchmark",
         title=" against ".join(subjects),
@@ -279,6 +306,7 @@ def bench(
         command=command_line(),
         candidates=candidates,
         environment=facts(),
+        **_of_the_bench(results[0]),
     )
 
 

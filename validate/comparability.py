@@ -13,7 +13,8 @@ from .report import Candidate, Report, Slice
 
 _FINGERPRINT = re.compile(r"\bfingerprint ([0-9a-f]+)")
 _SLICE = re.compile(r", slice (.+): \d+ rows, fingerprint")
-_OF_THE_MACHINE = ("latency_", "speedup_", "cold_start_", "peak_memory_", "energy_")
+_OF_THE_MACHINE = ("latency_", "speedup_", "cold_start_", "peak_memory_", "energy_", "single_stream_", "multi_stream_",
+                   "offline_", "server_")  # fmt: skip
 _OF_THE_ARTIFACT = ("size_mb", "parameters")
 _TO_THE_TEACHER = re.compile(
     r"(_kept|_difference|_ratio|_difference_max|_agreement)$|^(agreement_|speedup_)|"
@@ -54,7 +55,8 @@ class Comparability:
             return "another teacher"
         if metric.startswith(_OF_THE_MACHINE):
             other_call = bool(old.latencies and new.latencies) and _call_of(old) != _call_of(new)
-            return self.other_machine or ("other sizes or threads" if other_call else None)
+            other_load = "another load" if _load_of(old, metric) != _load_of(new, metric) else None
+            return self.other_machine or ("other sizes or threads" if other_call else other_load)
         return "other data" if self._other_data(part.name if part and part.kind == "file" else None) else None
 
     @property
@@ -168,3 +170,12 @@ def _call_of(candidate: Candidate) -> tuple[int, int, int]:
     """Sizes and threads of the call that the metrics of time and memory are about."""
     first = candidate.latencies[0]
     return first.batch_size, first.sequence_length, first.threads
+
+
+def _load_of(candidate: Candidate, metric: str) -> tuple[object, ...] | None:
+    """What LoadGen was asked where the metric is a scenario's."""
+    for each in candidate.scenarios:
+        if metric.startswith(f"{each.name}_"):
+            target = None if each.searched else each.target_qps  # what a search found is a result
+            return each.batch_size, each.sequence_length, each.threads, target, each.latency_bound_ms
+    return None

@@ -25,6 +25,7 @@ from .report import (
     Slice,
     describe_problems,
 )
+from .scenario_gates import on_scenario
 from .slice_gates import Judged, on_slice, slices_of, together
 
 __all__ = ["Gate", "GateResult", "apply_gates", "judge", "load_gates", "raise_for_verdict"]
@@ -105,7 +106,8 @@ def apply_gates(report: Report, gates: Sequence[Gate], previous: Report | None =
     for gate in gates:
         matching = _matching(gate, gated)
         if gate.slice is None:
-            results += [_judge(gate, item, metric, references) for item, metric in _with_metric(gate, matching)]
+            found = _with_metric(gate, matching)
+            results += [on_scenario(_judge(gate, item, metric, references), item) for item, metric in found]
             continue
         found = slices_of(gate, matching)
         on_slices = [

@@ -8,29 +8,21 @@ ratio of two subjects, taken round by round, stays true.
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from .. import errors
-from ..environment import available_cpus
-from ..errors import LimbeckError, UsageError
-from .report import Latency
+from ..environment import available_cpus, cpus_to_pin
+from ..errors import UsageError
+from .performance import Latency, Noise
 from .statistics import paired_ratio_interval
+from .worker_process import WorkerProcess
 
 Samples = NDArray[np.float64]
 Progress = Callable[[str], None]
@@ -39,12 +31,6 @@ _BINS = 40
 _HISTOGRAM_QUANTILE = 0.995
 _WIDE_RANGE = 10.0
 _FEWEST_ROUNDS_FOR_AN_INTERVAL = 3
-_WORKER_MODULE = f"{__package__}.latency_worker"
-_SPINNING_VARIABLES = ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "GOMP_SPINCOUNT")
-
-
-class WorkerDied(LimbeckError):
-    """A process that was measuring ended, or gave no answer in time: the runtime crashed, hung or ran out of memory."""
 
 
 class BenchSubject(BaseModel):
@@ -121,8 +107,18 @@ class BenchResult:
     warm_up_settled: bool
     idle_cpu_share: float
     """CPU seconds a second that the worker used while others were timed; anything but about 0 falsifies theirs."""
-    noise: Speedup | None = None
-    """The first subject against itself in a second process, where that was asked for: ideally 1."""
+    busy_cpus: float
+    """CPU seconds a second that it used while it was timed itself: how many threads had work, or span."""
+    cpus: list[int]
+    """The logical CPUs that it was bound to, as read back; empty where the system binds no processes."""
+    energy_mj: float | None
+    """Millijoules a call, by the meter."""
+    meter: str | None
+    """What was read (see `energy`)."""
+    no_meter: str | None
+    """Why nothing was, as the end of a sentence."""
+    noise: Noise | None = None
+    """The first subject against itself in a second process, where that was asked for."""
 
     @property
     def samples_ms(self) -> Samples:
@@ -151,6 +147,8 @@ class BenchResult:
             speedup_low=ratio.low if ratio else None,
             speedup_high=ratio.high if ratio else None,
             properties=dict(self.properties),
+            settled=self.warm_up_settled,
+            cpus=self.cpus,
         )
 
 
@@ -207,22 +205,27 @@ def bench(
         raise UsageError(f"Two subjects of a bench have the same name: {', '.join(names)}.")
     timed = [*subjects, subjects[0]] if settings.measure_noise else list(subjects)
     with ExitStack() as stack:
-        workers = [stack.enter_context(_Worker(subject.name, settings)) for subject in timed]
+        workers = [
+            stack.enter_context(WorkerProcess(subject.name, settings.threads_used, settings.timeout_seconds))
+            for subject in timed
+        ]
         results = _measure(timed, workers, settings, progress)
     if settings.measure_noise:
         *results, twin = results
-        results[0] = replace(results[0], noise=speedup(results[0], twin))
+        ratio = speedup(results[0], twin)
+        noise = Noise(subject=names[0], ratio=ratio.point, low=ratio.low, high=ratio.high, rounds=settings.rounds)
+        results[0] = replace(results[0], noise=noise)
     return results
 
 
 def _measure(
-    subjects: Sequence[BenchSubject], workers: Sequence[_Worker], settings: BenchSettings, progress: Progress
+    subjects: Sequence[BenchSubject], workers: Sequence[WorkerProcess], settings: BenchSettings, progress: Progress
 ) -> list[BenchResult]:
-    loaded = []
+    loaded, cpus = [], cpus_to_pin(settings.threads_used)
     for subject, worker in zip(subjects, workers, strict=True):
         progress(f"loading {subject.name}")
         fields = subject.model_dump(mode="json", exclude={"name"})
-        loaded.append(worker.ask("load", **fields, threads=settings.threads_used))
+        loaded.append(worker.ask("load", **fields, threads=settings.threads_used, cpus=cpus))
     vocabulary = min(answer["vocabulary"] for answer in loaded)  # ids that every subject knows
     prepared = []
     for subject, worker in zip(subjects, workers, strict=True):
@@ -243,7 +246,7 @@ def _measure(
         progress(f"round {number} of {settings.rounds}")
         for index in order:
             rounds[index].append(workers[index].ask("round", calls=calls[index]))
-    memory = [worker.ask("memory") for worker in workers]
+    ends = [worker.ask("end") for worker in workers]
     return [
         BenchResult(
             subject=subject,
@@ -254,7 +257,9 @@ def _measure(
             warm_up_calls=prepared[index]["warm_up_calls"],
             warm_up_settled=prepared[index]["warm_up_settled"],
             idle_cpu_share=_idle_cpu_share(rounds[index]) if len(workers) > 1 else 0.0,
-            **memory[index],
+            busy_cpus=_total(rounds[index], "cpu_seconds") / max(_total(rounds[index], "seconds"), 1e-9),
+            energy_mj=_millijoules(rounds[index]),
+            **ends[index],
         )
         for index, subject in enumerate(subjects)
     ]
@@ -273,92 +278,15 @@ def _calls_per_round(typical_ms: float, settings: BenchSettings) -> int:
 
 
 def _idle_cpu_share(rounds: Sequence[Mapping[str, Any]]) -> float:
-    waited = sum(answer["waited_seconds"] for answer in rounds)
-    return float(sum(answer["waited_cpu_seconds"] for answer in rounds) / max(waited, 1e-9))
+    return _total(rounds, "waited_cpu_seconds") / max(_total(rounds, "waited_seconds"), 1e-9)
 
 
-class _Worker:
-    """The process that measures one subject; killed on leaving the `with` block, however it is left."""
-
-    def __init__(self, name: str, settings: BenchSettings) -> None:
-        self._name = name
-        self._timeout = settings.timeout_seconds
-        self._environment = _worker_environment(settings.threads_used)
-
-    def __enter__(self) -> Self:
-        # a file and not a pipe: nobody reads it while the worker runs, and a full pipe would block the worker
-        self._complaints = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", _WORKER_MODULE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._complaints,
-            env=self._environment,
-            text=True,
-            encoding="utf-8",
-        )
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with suppress(BrokenPipeError):  # what was still buffered for a worker that is gone
-                    stream.close()
-        self._complaints.close()
-
-    def ask(self, do: str, **fields: Any) -> dict[str, Any]:
-        """Send one command and wait for its answer.
-
-        Raises:
-            LimbeckError: what the worker answered, as it was raised there.
-            WorkerDied: there was no answer.
-        """
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
-        overdue = threading.Timer(self._timeout, process.kill)
-        overdue.start()
-        try:
-            with suppress(BrokenPipeError):  # a dead worker: the empty answer below says so
-                process.stdin.write(json.dumps({"do": do, **fields}) + "\n")
-                process.stdin.flush()
-            line = process.stdout.readline()
-        finally:
-            in_time = not overdue.finished.is_set()
-            overdue.cancel()
-        if not line.endswith("\n"):
-            self._died(do, in_time)
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            self._raise(**answer["error"])
-        return answer
-
-    def _raise(self, kinds: Sequence[str], message: str, hint: str | None) -> NoReturn:
-        known = [kind for name in kinds if (kind := getattr(errors, name, None)) is not None]
-        raise known[0](f"{self._name}: {message}", hint)
-
-    def _died(self, do: str, in_time: bool) -> NoReturn:
-        code = self._process.wait()
-        if not in_time:
-            how = f"gave no answer within {self._timeout:g} seconds"
-        elif code < 0:
-            how = f"was ended by {signal.Signals(-code).name}" + (
-                " (out of memory?)" if code == -signal.SIGKILL else ""
-            )
-        else:
-            how = f"ended with exit code {code}"
-        self._complaints.seek(0)
-        lines = self._complaints.read().decode("utf-8", "replace").strip().splitlines()
-        said = f" It said: {lines[-1].strip()}" if lines else ""
-        raise WorkerDied(f"The process that measures {self._name!r} {how} while asked to {do}.{said}")
+def _millijoules(rounds: Sequence[Mapping[str, Any]]) -> float | None:
+    """What a call cost on average, or `None` without a meter."""
+    if any(answer["joules"] is None for answer in rounds):
+        return None
+    return _total(rounds, "joules") * 1e3 / sum(len(answer["samples_ms"]) for answer in rounds)
 
 
-def _worker_environment(threads: int) -> dict[str, str]:
-    """Our environment and import paths, with thread pools of one size and none told to spin between rounds."""
-    kept = {name: value for name, value in os.environ.items() if name not in _SPINNING_VARIABLES}
-    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
-    return {**kept, **counts, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
+def _total(rounds: Sequence[Mapping[str, Any]], name: str) -> float:
+    return float(sum(answer[name] for answer in rounds))

@@ -1,9 +1,9 @@
 """One subject of `bench`, in a process of its own: `python -m limbeck.validate.latency_worker`.
 
 Reads one JSON command a line from standard input and answers each with one JSON line: `load`, `prepare`, `round`,
-`memory`. Between commands it is blocked on the read; it answers a command only when its thread pools have stopped
-spinning, so that the next subject has the machine to itself. The end of standard input is the end of the process, so a
-parent that is killed leaves no worker behind.
+`scenario`, `end`. Between commands it is blocked on the read; it answers a command only when its thread pools have
+stopped spinning, so that the next subject has the machine to itself. The end of standard input is the end of the
+process, so a parent that is killed leaves no worker behind.
 
 A mistake of the user's (`LimbeckError`) is an answer; anything else is a traceback on standard error and a dead worker.
 """
@@ -31,6 +31,7 @@ from ..exporters.inputs import random_batch, vocabulary_of
 from ..files import read_json
 from ..models.batching import Batch
 from ..models.checkpoint import load_checkpoint, max_positions
+from .energy import Meter, NoMeter, find_meter
 
 _LEAD_IN_CALLS = 2
 _LEAD_IN_SECONDS = 0.02
@@ -60,15 +61,25 @@ class LatencyWorker:
         self._call: Callable[[], object] = lambda: None
         self._load_ms = 0.0
         self._memory_before_mb: float | None = None
+        self._meter: Meter | NoMeter = NoMeter("nothing was loaded")
         self._went_quiet = (time.perf_counter(), time.process_time())
 
     @property
     def commands(self) -> dict[str, Callable[..., dict[str, Any]]]:
         """Every command by its name."""
-        return {"load": self.load, "prepare": self.prepare, "round": self.round, "memory": self.memory}
+        return {
+            "load": self.load,
+            "prepare": self.prepare,
+            "round": self.round,
+            "scenario": self.scenario,
+            "end": self.end,
+        }
 
-    def load(self, path: str, kind: str, task: str | None, threads: int) -> dict[str, Any]:
-        """Open a checkpoint (eager torch) or an artifact (its backend's runtime)."""
+    def load(self, path: str, kind: str, task: str | None, threads: int, cpus: list[int]) -> dict[str, Any]:
+        """Open a checkpoint (eager torch) or an artifact (its backend's runtime), on these CPUs (on any where there are
+        none), to which its threads are bound from the start."""
+        if cpus:
+            os.sched_setaffinity(0, cpus)
         self._memory_before_mb = private_memory_mb()
         start = time.perf_counter()
         folder = Path(path)
@@ -82,6 +93,7 @@ class LatencyWorker:
             vocabulary = vocabulary_of(read_json(folder / "config.json"), folder)
             self._loaded = _Loaded(runner, [spec.name for spec in manifest.inputs], None)
         self._load_ms = (time.perf_counter() - start) * 1e3
+        self._meter = find_meter("gpu" if "device" in runner.properties else "cpu")  # runtimes of the CPU name none
         return {"vocabulary": vocabulary, "properties": dict(runner.properties)}
 
     def prepare(
@@ -118,13 +130,37 @@ class LatencyWorker:
             if done >= _LEAD_IN_CALLS and time.perf_counter() >= woken:
                 break
             self._call()
-        return {"samples_ms": timed(self._call, calls), "waited_seconds": wall, "waited_cpu_seconds": busy}
+        self._joules()
+        cpu, start = time.process_time(), time.perf_counter()
+        samples = timed(self._call, calls)
+        spent = {
+            "joules": self._joules(),
+            "seconds": time.perf_counter() - start,
+            "cpu_seconds": time.process_time() - cpu,
+        }
+        return {"samples_ms": samples, "waited_seconds": wall, "waited_cpu_seconds": busy, **spent}
 
-    def memory(self) -> dict[str, Any]:
-        """The process's peak, what is private to it now, and how much of that came with the subject."""
+    def scenario(self, folder: str, **load: Any) -> dict[str, Any]:
+        """One LoadGen test of the prepared call; its logs go to a folder of the one that asks."""
+        from .loadgen import Load, run_loadgen
+
+        with garbage_left_alone():
+            return run_loadgen(self._call, Load(**load), Path(folder)).model_dump()
+
+    def end(self) -> dict[str, Any]:
+        """What is known at the end: the memory's peak, what is private to the process now and how much of that came
+        with the subject; the CPUs it ran on; the meter of energy, or why there is none."""
         now, before = private_memory_mb(), self._memory_before_mb
         grown = now - before if now is not None and before is not None else None
-        return {"peak_memory_mb": peak_memory_mb(), "private_memory_mb": now, "program_memory_mb": grown}
+        memory = {"peak_memory_mb": peak_memory_mb(), "private_memory_mb": now, "program_memory_mb": grown}
+        cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        meter = self._meter
+        no_meter = meter.reason if isinstance(meter, NoMeter) else None
+        return {**memory, "cpus": cpus, "meter": getattr(meter, "name", None), "no_meter": no_meter}
+
+    def _joules(self) -> float | None:
+        """Joules since this was last asked."""
+        return None if isinstance(self._meter, NoMeter) else self._meter.joules_since_last()
 
     def settle(self) -> None:
         """Wait until this process has stopped using the CPU.

@@ -15,7 +15,6 @@ from ..models.batching import Examples, Run
 from ..models.checkpoint import Checkpoint, load_tokenizer
 from ..models.data import Data
 from .changed import most_changed
-from .latency import BenchResult
 from .pair_rows import PairRows
 from .predictions import Predictions, Progress, broken, predict
 from .quality import measure_quality, score
@@ -277,44 +276,4 @@ def check_overlap(data: Data, training_rows: set[str], where: str = "") -> Check
         name=f"unseen data{where}",
         passed=share <= OVERLAP_LIMIT,
         detail=f"{seen} of {len(data)} validation rows were also trained on ({share:.1%}, limit {OVERLAP_LIMIT:.0%})",
-    )
-
-
-def with_latency(candidate: Candidate, result: BenchResult, baseline: BenchResult | None) -> Candidate:
-    """The candidate with its latency, memory and cold start as metrics that gates can name."""
-    latency = result.latency(baseline)
-    where = f"batch {latency.batch_size} x {latency.sequence_length} tokens, {latency.threads} threads"
-    figures = [
-        ("latency_p50_ms", latency.p50_ms, "ms", "median time of one call"),
-        ("latency_p90_ms", latency.p90_ms, "ms", "nine calls in ten are faster"),
-        ("latency_p99_ms", latency.p99_ms, "ms", "99 calls in 100 are faster"),
-        ("cold_start_ms", result.cold_start_ms, "ms", "from opening the folder to the first answer"),
-        ("peak_memory_mb", result.peak_memory_mb, "MiB", "of the whole process, Python included"),
-    ]
-    metrics = [
-        Metric(
-            name=name,
-            value=value,
-            unit=unit,
-            higher_is_better=False,
-            description=f"{description} ({where})",
-            count=latency.samples,
-        )
-        for name, value, unit, description in figures
-    ]
-    if latency.speedup is not None:
-        metrics.append(
-            Metric(
-                name="speedup_p50",
-                value=latency.speedup,
-                low=latency.speedup_low,
-                high=latency.speedup_high,
-                unit="x",
-                higher_is_better=True,
-                description=f"median of the eager teacher over this one's ({where})",
-                count=latency.samples,
-            )
-        )
-    return candidate.model_copy(
-        update={"latencies": [*candidate.latencies, latency], "metrics": [*candidate.metrics, *metrics]}
     )

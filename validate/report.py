@@ -7,7 +7,6 @@ for it.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -21,14 +20,15 @@ from ..errors import InputError
 from ..files import read_json, write_json
 from ..models.lineage import Curve, LayerSimilarity, LayerWidths, Step
 from .gate import REFERENCE_WORDS, Gate, GateResult, Verdict, exact_number
+from .performance import Latency, Noise, Scenario
 from .profile import Baseline
 
 SCHEMA_VERSION: Final = 1
 REPORT_FILE = "report.json"
 
 __all__ = ["REFERENCE_WORDS", "Candidate", "ChangedExample", "Check", "Curve", "Gate", "GateResult", "Latency",
-           "LayerSimilarity", "LayerWidths", "Metric", "ReliabilityBin", "Report", "Slice", "Step", "Temperature",
-           "Verdict", "exact_number", "load_report", "save_report"]  # fmt: skip
+           "LayerSimilarity", "LayerWidths", "Metric", "Noise", "ReliabilityBin", "Report", "Scenario", "Slice", "Step",
+           "Temperature", "Verdict", "exact_number", "load_report", "save_report"]  # fmt: skip
 
 SliceKind = Literal["file", "column", "length", "perturbed", "invariance", "counterfactual", "bias", "prompts"]
 _PROBLEMS_SHOWN = 3
@@ -79,37 +79,6 @@ class Check(_Record):
     passed: bool
     detail: str
     rows: list[dict[str, str | float | int | bool]] = []
-
-
-class Latency(_Record):
-    """How long one call took, in milliseconds, for one batch size and sequence length. `histogram_edges_ms` has one
-    entry more than `histogram_counts`; `speedup` is the teacher's time over this one; `properties` are the compile
-    properties as read back from the runtime."""
-
-    batch_size: int = Field(ge=1)
-    sequence_length: int = Field(ge=1)
-    threads: int = Field(ge=0)
-    rounds: int = Field(ge=0)
-    samples: int = Field(ge=0)
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
-    mean_ms: float
-    histogram_edges_ms: list[float] = []
-    histogram_counts: list[int] = []
-    speedup: float | None = None
-    speedup_low: float | None = None
-    speedup_high: float | None = None
-    properties: dict[str, str] = {}
-
-    @model_validator(mode="after")
-    def _edges_enclose_counts(self) -> Self:
-        edges, counts = self.histogram_edges_ms, self.histogram_counts
-        if (edges or counts) and len(edges) != len(counts) + 1:
-            raise ValueError(f"a histogram of {len(counts)} counts needs {len(counts) + 1} edges, not {len(edges)}")
-        if any(right < left for left, right in itertools.pairwise(edges)):
-            raise ValueError("the edges of a histogram must rise")
-        return self
 
 
 class ReliabilityBin(_Record):
@@ -205,6 +174,7 @@ class Candidate(_Growing):
     metrics: list[Metric] = []
     checks: list[Check] = []
     latencies: list[Latency] = []
+    scenarios: list[Scenario] = []
     reliability: list[ReliabilityBin] = []
     temperature: Temperature | None = None
     """Suggested where it is sure to make probabilities better."""
@@ -236,6 +206,10 @@ class Report(_Growing):
     notes: list[str] = []
     monitoring: SkipJsonSchema[Baseline | None] = Field(default=None, exclude=True)
     """What live traffic will be held against; written beside the report, in a file of its own."""
+    noise: Noise | None = None
+    """How far from 1 the ratio of a subject to itself came, where that was measured."""
+    energy: str | None = None
+    """What energy was measured by, or why it was not, in a sentence; `None` where nothing was timed."""
 
     @model_validator(mode="before")
     @classmethod

@@ -29,12 +29,12 @@ from limbeck.validate.latency import (
     BenchResult,
     BenchSettings,
     BenchSubject,
-    WorkerDied,
     bench,
     histogram,
     speedup,
 )
 from limbeck.validate.latency_worker import peak_memory_mb, timed, warm_up
+from limbeck.validate.worker_process import WorkerDied
 
 MODULE = "limbeck.validate.latency_worker"
 QUICK = BenchSettings(batch_size=2, sequence_length=8, threads=1, rounds=4, seconds_per_round=0.01, warm_up_seconds=0.5)
@@ -232,7 +232,7 @@ def test_an_interruption_ends_the_workers(artifact: Path) -> None:
 def test_a_worker_outlives_ctrl_c_but_not_its_parent() -> None:
     worker = subprocess.Popen([sys.executable, "-m", MODULE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert worker.stdin is not None and worker.stdout is not None
-    worker.stdin.write('{"do": "memory"}\n')
+    worker.stdin.write('{"do": "end"}\n')
     worker.stdin.flush()
     assert json.loads(worker.stdout.readline())["peak_memory_mb"] > 0
     worker.send_signal(signal.SIGINT)
@@ -245,7 +245,7 @@ def test_a_worker_outlives_ctrl_c_but_not_its_parent() -> None:
 
 def test_the_peak_memory_is_the_workers_own_and_not_its_parents() -> None:
     """Linux's `ru_maxrss` survives `exec`: a worker started by a large process would report that process's peak."""
-    ballast = np.ones(60_000_000)  # 458 MiB, far above what a worker that only answers `memory` takes
+    ballast = np.ones(60_000_000)  # 458 MiB, far above what a worker that only answers `end` takes
     command = [sys.executable, "-c", f"from {MODULE} import peak_memory_mb; print(peak_memory_mb())"]
     child = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert peak_memory_mb() > ballast.nbytes / 2**20

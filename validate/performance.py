@@ -1,0 +1,103 @@
+"""What the report keeps of speed: calls one after the other (`Latency`), MLPerf's scenarios (`Scenario`), and how far
+the machine's noise reaches (`Noise`)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+ScenarioName = Literal["single_stream", "multi_stream", "offline", "server"]
+
+
+class _Record(BaseModel):
+    """A fact: never changed once written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Latency(_Record):
+    """How long one call took, in milliseconds, for one batch size and sequence length. `histogram_edges_ms` has one
+    entry more than `histogram_counts`; `speedup` is the teacher's time over this one; `properties` are the compile
+    properties as read back from the runtime; `settled` says whether calls had become steady before they were timed;
+    `cpus` are the logical CPUs that the process was bound to, as read back, empty where it was not."""
+
+    batch_size: int = Field(ge=1)
+    sequence_length: int = Field(ge=1)
+    threads: int = Field(ge=0)
+    rounds: int = Field(ge=0)
+    samples: int = Field(ge=0)
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    mean_ms: float
+    histogram_edges_ms: list[float] = []
+    histogram_counts: list[int] = []
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    properties: dict[str, str] = {}
+    settled: bool = True
+    cpus: list[int] = []
+
+    @model_validator(mode="after")
+    def _edges_enclose_counts(self) -> Self:
+        edges, counts = self.histogram_edges_ms, self.histogram_counts
+        if (edges or counts) and len(edges) != len(counts) + 1:
+            raise ValueError(f"a histogram of {len(counts)} counts needs {len(counts) + 1} edges, not {len(edges)}")
+        if any(right < left for left, right in itertools.pairwise(edges)):
+            raise ValueError("the edges of a histogram must rise")
+        return self
+
+
+class Scenario(_Record):
+    """One test of MLPerf's LoadGen, in MLPerf's terms: a *sample* is one sequence, a *query* what is asked at once.
+
+    `validity` is LoadGen's `result_validity`, but that INVALID for want of queries alone is `undecided`: LoadGen's
+    early stopping asks for so many of them that the percentile is held with 99 % confidence. `reason` says why it is
+    not valid. `percentiles_ms` are as measured (`"99"`: milliseconds of a query); Offline has none, since all of its
+    samples wait from the start. `early_stopping_ms` is what MLPerf reports of SingleStream (90th percentile) and
+    MultiStream (99th): the latency that the percentile is below with 99 % confidence.
+    """
+
+    name: ScenarioName
+    batch_size: int = Field(ge=1)
+    sequence_length: int = Field(ge=1)
+    threads: int = Field(ge=0)
+    duration_seconds: float = Field(gt=0)
+    """For which queries were to be issued."""
+    queries: int = Field(ge=0)
+    samples_per_second: float
+    validity: Literal["valid", "invalid", "undecided"]
+    reason: str = ""
+    percentiles_ms: dict[str, float] = {}
+    early_stopping_ms: float | None = None
+    target_qps: float | None = None
+    latency_bound_ms: float | None = None
+    searched: bool = False
+    """Whether `target_qps` was found by limbeck as the highest that is valid, and not given."""
+    loadgen: str = ""
+    """LoadGen's version."""
+
+
+class Noise(_Record):
+    """A subject timed twice, in two processes and the same rounds, and held against itself: `ratio` is ideally 1."""
+
+    subject: str
+    ratio: float
+    low: float | None = None
+    high: float | None = None
+    rounds: int = Field(ge=1)
+
+    @property
+    def reach(self) -> float:
+        """The factor (1 or more) within which a ratio may be noise: the farther end of the interval, whichever of the
+        two was the faster."""
+        ends = [end for end in (self.low, self.high) if end is not None] or [self.ratio]
+        return math.exp(max(abs(math.log(end)) for end in ends))
+
+    def hides(self, low: float, high: float) -> bool:
+        """Whether a ratio with this interval could be noise."""
+        return low <= self.reach and high >= 1 / self.reach
