@@ -59,6 +59,7 @@ Examples:
 @click.option("--sequence-length", type=int, help="Of the timed call, in tokens.  [default: 128]")
 @click.option("--threads", type=int, help="[default: all]")
 @click.option("--rounds", type=int, help="Rounds in which all take turns.")
+@click.option("--noise", "measure_noise", is_flag=True, help="Time the teacher twice: what of a speed-up is noise.")
 @click.option("--samples", type=int, help="Use the first N rows only, of every file and task (of --pairs, pairs).")
 @model_options
 @column_option

@@ -16,6 +16,7 @@ from ..exporters.artifact import artifact_size
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
 from ..prune.settings import PruneSettings
+from ..validate.energy import Device, NoMeter, find_meter
 from ..validate.latency import BenchResult, BenchSettings, BenchSubject, bench, speedup
 from .progress import Progress
 from .schema import Constraints, Export, Recipe
@@ -36,7 +37,7 @@ class Prediction(BaseModel):
     artifact: str
     parameters: int
     costs: dict[str, float]
-    """Metric to value: latencies, speed-up, memory, size."""
+    """Metric to value: latencies, speed-up, memory, energy, size."""
 
 
 class Plan(BaseModel):
@@ -146,16 +147,22 @@ def _costs(baseline: BenchResult, result: BenchResult) -> dict[str, float]:
         "latency_p99_ms": latency.p99_ms,
         "speedup_p50": speedup(baseline, result).point,
         "peak_memory_mb": result.peak_memory_mb,
+        **({} if result.energy_mj is None else {"energy_mj": result.energy_mj}),
     }
 
 
 def _refuse_unmeasurable(recipe: Recipe) -> None:
     for limits in recipe.constraints:
-        if limits.energy_mj is not None:
-            raise UsageError(
-                "The constraint energy_mj cannot be checked: limbeck has no energy meter yet, on any machine.",
-                "Leave energy_mj out; latency at a fixed number of threads is the nearest that is measured.",
-            )
+        if limits.energy_mj is None:
+            continue
+        for export in recipe.exports:
+            device: Device = "gpu" if export.backend.startswith("tensorrt") else "cpu"
+            meter = find_meter(device) if limits.means(export.name) else None
+            if isinstance(meter, NoMeter):
+                raise UsageError(
+                    f"The constraint energy_mj on {export.name} cannot be checked here: {meter.reason}.",
+                    "Leave energy_mj out; latency at a fixed number of threads is the nearest that is measured.",
+                )
 
 
 def _refuse_impossible(limits: Constraints, prediction: Prediction) -> None:

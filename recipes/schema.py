@@ -79,7 +79,7 @@ class Constraints(RecipePart):
     size_mb: float | None = Field(None, gt=0)
     peak_memory_mb: float | None = Field(None, gt=0)
     energy_mj: float | None = Field(None, gt=0)
-    """Millijoules a call. Refused before training for as long as limbeck cannot measure it."""
+    """Millijoules a call. Refused before training on a machine whose meter cannot be read."""
     quality: dict[str, float] = Field(default_factory=dict)
     """Metric to the least value, for example `spearman_kept: 0.97`."""
 

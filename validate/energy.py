@@ -9,6 +9,7 @@ machine meanwhile, and what it draws when idle, is in the figure.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -96,6 +97,13 @@ class NvmlMeter(Meter):
         now = int(self._read(self._handle))
         passed, self._last_mj = now - self._last_mj, now
         return passed / 1e3
+
+
+def millijoules_a_call(joules: Sequence[float | None], calls: int) -> float | None:
+    """What a call cost on average, by the joules of some rounds that had `calls` of them together; `None` where there
+    was no meter."""
+    metered = [each for each in joules if each is not None]
+    return sum(metered) * 1e3 / calls if len(metered) == len(joules) else None
 
 
 def find_meter(device: Device = "cpu", powercap: Path = POWERCAP) -> Meter | NoMeter:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..environment import available_cpus, cpus_to_pin
 from ..errors import UsageError
+from .energy import millijoules_a_call
 from .performance import Latency, Noise
 from .statistics import paired_ratio_interval
 from .worker_process import WorkerProcess
@@ -258,7 +259,9 @@ def _measure(
             warm_up_settled=prepared[index]["warm_up_settled"],
             idle_cpu_share=_idle_cpu_share(rounds[index]) if len(workers) > 1 else 0.0,
             busy_cpus=_total(rounds[index], "cpu_seconds") / max(_total(rounds[index], "seconds"), 1e-9),
-            energy_mj=_millijoules(rounds[index]),
+            energy_mj=millijoules_a_call(
+                [answer["joules"] for answer in rounds[index]], calls[index] * settings.rounds
+            ),
             **ends[index],
         )
         for index, subject in enumerate(subjects)
@@ -279,13 +282,6 @@ def _calls_per_round(typical_ms: float, settings: BenchSettings) -> int:
 
 def _idle_cpu_share(rounds: Sequence[Mapping[str, Any]]) -> float:
     return _total(rounds, "waited_cpu_seconds") / max(_total(rounds, "waited_seconds"), 1e-9)
-
-
-def _millijoules(rounds: Sequence[Mapping[str, Any]]) -> float | None:
-    """What a call cost on average, or `None` without a meter."""
-    if any(answer["joules"] is None for answer in rounds):
-        return None
-    return _total(rounds, "joules") * 1e3 / sum(len(answer["samples_ms"]) for answer in rounds)
 
 
 def _total(rounds: Sequence[Mapping[str, Any]], name: str) -> float:

@@ -31,7 +31,7 @@ from ..exporters.inputs import random_batch, vocabulary_of
 from ..files import read_json
 from ..models.batching import Batch
 from ..models.checkpoint import load_checkpoint, max_positions
-from .energy import Meter, NoMeter, find_meter
+from .energy import POWERCAP, Device, Meter, NoMeter, find_meter
 
 _LEAD_IN_CALLS = 2
 _LEAD_IN_SECONDS = 0.02
@@ -55,7 +55,8 @@ class _Loaded:
 class LatencyWorker:
     """The commands; each method answers one, with JSON-ready values. Times in milliseconds, memory in MiB."""
 
-    def __init__(self) -> None:
+    def __init__(self, powercap: Path = POWERCAP) -> None:
+        self._powercap = powercap
         self._loaded: _Loaded | None = None
         self._batch: Batch = {}  # kept: a runtime may read its bound inputs in place
         self._call: Callable[[], object] = lambda: None
@@ -93,7 +94,8 @@ class LatencyWorker:
             vocabulary = vocabulary_of(read_json(folder / "config.json"), folder)
             self._loaded = _Loaded(runner, [spec.name for spec in manifest.inputs], None)
         self._load_ms = (time.perf_counter() - start) * 1e3
-        self._meter = find_meter("gpu" if "device" in runner.properties else "cpu")  # runtimes of the CPU name none
+        device: Device = "gpu" if "device" in runner.properties else "cpu"  # runtimes of the CPU name none
+        self._meter = find_meter(device, self._powercap)
         return {"vocabulary": vocabulary, "properties": dict(runner.properties)}
 
     def prepare(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -288,5 +289,7 @@ def _validity(
         )
     if not found["result_min_duration_met"]:
         return "undecided", f"it ran out of queries before the {load.seconds:g} seconds were over"
-    told = " ".join(str(found.get("early_stopping_result", "")).replace("*", "").split())
-    return "undecided", f"too few queries for a verdict with 99 % confidence: {told or 'LoadGen does not say how many'}"
+    told = str(found["early_stopping_result"]).replace("*", " ")
+    more = re.search(r"at least (\d+ more|\d+) queries", told)
+    wanted = f"LoadGen wants at least {more.group(1)}" if more else " ".join(told.split())
+    return "undecided", f"{int(found['result_query_count']):,} queries are too few: {wanted} (a longer --duration)"

@@ -13,7 +13,7 @@ def on_scenario(result: GateResult, candidate: Candidate) -> GateResult:
     if scenario is None or scenario.validity == "valid" or result.verdict == "fail":
         return result
     if scenario.validity == "undecided":
-        reason = f"{result.reason} But LoadGen calls the test INVALID: {scenario.reason}"
+        reason = f"{result.reason} But LoadGen calls the test INVALID: {scenario.reason}."
         return result.model_copy(update={"verdict": "inconclusive", "reason": reason})
     if result.gate.metric != "server_queries_per_second":
         return result  # a latency is what it is, whatever bound was asked of it

@@ -163,5 +163,7 @@ def search(
             high = rate
         else:
             low = rate
-    worth = {"valid": 2, "undecided": 1, "invalid": 0}
-    return max(tests, key=lambda found: (worth[found[0].validity], found[1] if worth[found[0].validity] else -found[1]))
+    for validity in ("valid", "undecided"):
+        if held := [found for found in tests if found[0].validity == validity]:
+            return max(held, key=lambda found: found[1])
+    return min(tests, key=lambda found: found[1])

@@ -18,13 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from limbeck.backends.base import ExportJob
-from limbeck.backends.onnx import OnnxBackend
+from limbeck.environment import cpus_to_pin
 from limbeck.errors import InputError, IntegrityError, UsageError
-from limbeck.exporters.artifact import Manifest, seal
 from limbeck.exporters.inputs import random_batch
-from limbeck.exporters.settings import ExportSettings
-from limbeck.models.checkpoint import load_checkpoint
 from limbeck.validate.latency import (
     BenchResult,
     BenchSettings,
@@ -36,49 +32,17 @@ from limbeck.validate.latency import (
 from limbeck.validate.latency_worker import peak_memory_mb, timed, warm_up
 from limbeck.validate.worker_process import WorkerDied
 
+Children = Callable[[], set[int]]
+
 MODULE = "limbeck.validate.latency_worker"
 QUICK = BenchSettings(batch_size=2, sequence_length=8, threads=1, rounds=4, seconds_per_round=0.01, warm_up_seconds=0.5)
 
 
-def children() -> set[int]:
-    """Processes that this one has started and that are not gone."""
-    return {int(pid) for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()}
-
-
 @pytest.fixture(autouse=True)
-def no_process_is_left_behind() -> Iterator[None]:
+def no_process_is_left_behind(children: Children) -> Iterator[None]:
     before = children()
     yield
     assert children() <= before
-
-
-@pytest.fixture(scope="module")
-def bert(tiny_checkpoint: Callable[..., Path]) -> Path:
-    return tiny_checkpoint("bert")
-
-
-@pytest.fixture(scope="module")
-def artifact(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint as an ONNX artifact, made by the backend's own export."""
-    folder = tmp_path_factory.mktemp("artifact") / "onnx"
-    folder.mkdir()
-    checkpoint, settings = load_checkpoint(bert), ExportSettings(backend="onnx")
-    program = OnnxBackend().export(ExportJob(checkpoint, settings), folder)
-    checkpoint.tokenizer.save_pretrained(folder)
-    manifest = Manifest(
-        format=program.format,
-        task=checkpoint.task.name,
-        settings=settings,
-        parent_hash=checkpoint.hash,
-        parent=str(bert),
-        parameters=checkpoint.parameters,
-        inputs=program.inputs,
-        outputs=program.outputs,
-        max_length=checkpoint.max_length,
-        lineage=checkpoint.lineage,
-    )
-    seal(manifest, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +95,21 @@ def test_the_first_subject_is_compared_with_itself_for_noise(results: list[Bench
     first, second = results
     assert first.noise is not None and second.noise is None
     assert first.noise.low is not None and first.noise.high is not None
-    assert first.noise.low <= first.noise.point <= first.noise.high
-    assert len(first.noise.by_round) == 4
+    assert first.noise.low <= first.noise.ratio <= first.noise.high
+    assert (first.noise.subject, first.noise.rounds) == ("teacher", 4)
+
+
+def test_every_subject_is_bound_to_the_same_cpus(results: list[BenchResult]) -> None:
+    """With one thread to one CPU, as the workers' system reads it back; and that CPU was busy."""
+    assert [result.cpus for result in results] == [cpus_to_pin(1)] * 2
+    assert len(results[0].cpus) == 1
+    assert results[0].latency().cpus == results[0].cpus
+    assert all(0 < result.busy_cpus <= 1.2 for result in results)
+
+
+def test_energy_is_measured_or_the_reason_is_told(results: list[BenchResult]) -> None:
+    for result in results:
+        assert (result.energy_mj is None) == (result.meter is None) == (result.no_meter is not None)
 
 
 def test_the_reports_record_holds_what_was_measured(results: list[BenchResult]) -> None:
@@ -197,7 +174,7 @@ def test_results_of_two_benches_are_not_compared(results: list[BenchResult]) -> 
         speedup(teacher, shorter)
 
 
-def test_a_worker_that_dies_is_named_and_takes_the_others_with_it(artifact: Path) -> None:
+def test_a_worker_that_dies_is_named_and_takes_the_others_with_it(artifact: Path, children: Children) -> None:
     def kill_the_second(said: str) -> None:
         if said.startswith("round 2"):
             os.kill(sorted(children() - before)[1], signal.SIGKILL)
@@ -214,7 +191,7 @@ def test_a_worker_that_gives_no_answer_in_time_is_ended(artifact: Path) -> None:
         bench([BenchSubject(name="late", path=artifact, kind="artifact")], settings)
 
 
-def test_an_interruption_ends_the_workers(artifact: Path) -> None:
+def test_an_interruption_ends_the_workers(artifact: Path, children: Children) -> None:
     def interrupt(said: str) -> None:
         if said.startswith("round 1"):
             assert len(children() - before) == 1

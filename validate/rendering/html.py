@@ -27,6 +27,7 @@ from .figures import (
     title_of,
 )
 from .pages import page_environment
+from .performance import SCENARIO_HEADINGS, remarks, scenario_rows
 from .slices import changed_examples, slice_map
 from .training import trainings
 
@@ -41,6 +42,9 @@ def render_html(report: Report) -> str:
         summary=summary(report),
         columns=columns(report),
         latency_panels=list(_latency_panels(report)),
+        scenario_headings=SCENARIO_HEADINGS,
+        scenarios=scenario_rows(report),
+        remarks=remarks(report),
         scatter=_scatter(report),
         reliability_panels=list(_reliability_panels(report)),
         trainings=list(trainings(report)),

@@ -12,6 +12,7 @@ from ..diff import CandidateDiff, ReportDiff
 from ..report import GateResult, Report, Verdict, short_number
 from .changes import alone, cells, diff_summary, diff_verdict, equal_text, unequal
 from .figures import VERDICT_WORDS, Column, columns, plain, summary
+from .performance import SCENARIO_HEADINGS, remarks, scenario_rows
 from .slices import slice_tables
 from .training import ends, likeness
 
@@ -31,7 +32,8 @@ def render_markdown(report: Report) -> str:
         _candidates(report),
         _gates(report.gates),
         _failed_checks(report),
-        *(f"> **Note:** {_escape(note)}" for note in report.notes),
+        *(f"> **Note:** {_escape(note)}" for note in [*report.notes, *remarks(report)]),
+        _folded("MLPerf scenarios", _scenarios(report)),
         *(_folded(t.title, _table(t.headings, t.rows, numbers_from=9)) for t in slice_tables(report, _escape)),
         _folded("Steps", _steps(report)),
         _folded("Every metric", _metrics(report)),
@@ -87,6 +89,11 @@ def _gates(gates: Sequence[GateResult]) -> str:
         for result in gates
     ]
     return "### Gates\n\n" + _table(["Verdict", "Gate", "Candidate", "Found"], rows, numbers_from=4)
+
+
+def _scenarios(report: Report) -> str:
+    rows = [[_escape(cell) for cell in row] for row in scenario_rows(report)]
+    return _table(SCENARIO_HEADINGS, rows, numbers_from=3) if rows else ""
 
 
 def _failed_checks(report: Report) -> str:

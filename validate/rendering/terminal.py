@@ -14,6 +14,7 @@ from ..diff import CandidateDiff, ReportDiff
 from ..report import GateResult, Report, Verdict
 from .changes import alone, cells, diff_summary, diff_verdict, equal_text, unequal
 from .figures import VERDICT_WORDS, Column, columns, summary
+from .performance import SCENARIO_HEADINGS, remarks, scenario_rows
 from .slices import worst_slice
 
 _ICONS: dict[Verdict | None, str] = {"pass": "✔", "fail": "✘", "inconclusive": "?", None: "–"}
@@ -33,6 +34,9 @@ def render_table(report: Report) -> RenderableType:
     """What `limbeck validate`, `bench` and `gate` print. The verdict is coloured, and a word as well. Text from the
     report is never read as rich markup, nor as a terminal's control codes."""
     parts: list[RenderableType] = [_Candidates(report)] if report.measured else []
+    if any(candidate.scenarios for candidate in report.measured):
+        parts.append(_scenarios(report))
+    parts += [_text(remark, "dim") for remark in remarks(report)]
     if report.gates:
         parts.append(_gates(report.gates))
     for candidate, check in report.checks():
@@ -94,6 +98,15 @@ def _candidates(report: Report, shown: list[Column]) -> Table:
 def _cell(column: Column, index: int) -> Text:
     figure = column.figures[index]
     return Text("–", style="dim") if figure is None else Text(figure.text)
+
+
+def _scenarios(report: Report) -> Table:
+    table = Table(title="MLPerf scenarios", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, heading in enumerate(SCENARIO_HEADINGS):
+        table.add_column(heading, overflow="fold", justify="right" if index > 2 else "left")
+    for row in scenario_rows(report):
+        table.add_row(*map(_text, row))
+    return table
 
 
 def _gates(results: list[GateResult]) -> Table:
