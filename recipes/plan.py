@@ -16,7 +16,7 @@ from ..exporters.artifact import artifact_size
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
 from ..prune.settings import PruneSettings
-from ..validate.energy import Device, NoMeter, find_meter
+from ..validate.energy import POWERCAP, Device, NoMeter, find_meter
 from ..validate.latency import BenchResult, BenchSettings, BenchSubject, bench, speedup
 from .progress import Progress
 from .schema import Constraints, Export, Recipe
@@ -54,7 +54,7 @@ def make_plan(recipe: Recipe, teacher: Checkpoint, data: Data, progress: Progres
     Raises:
         UsageError: a limit that this recipe cannot meet on this machine, or that cannot be measured here.
     """
-    _refuse_unmeasurable(recipe)
+    refuse_unmeasurable(recipe)
     concerned = [
         export
         for export in recipe.exports
@@ -151,13 +151,21 @@ def _costs(baseline: BenchResult, result: BenchResult) -> dict[str, float]:
     }
 
 
-def _refuse_unmeasurable(recipe: Recipe) -> None:
+def refuse_unmeasurable(recipe: Recipe, powercap: Path = POWERCAP) -> None:
+    """Refuse a limit on energy where no meter can be read.
+
+    Args:
+        powercap: where the system shows the CPU's.
+
+    Raises:
+        UsageError: there is none; the message says why.
+    """
     for limits in recipe.constraints:
         if limits.energy_mj is None:
             continue
         for export in recipe.exports:
             device: Device = "gpu" if export.backend.startswith("tensorrt") else "cpu"
-            meter = find_meter(device) if limits.means(export.name) else None
+            meter = find_meter(device, powercap) if limits.means(export.name) else None
             if isinstance(meter, NoMeter):
                 raise UsageError(
                     f"The constraint energy_mj on {export.name} cannot be checked here: {meter.reason}.",

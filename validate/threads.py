@@ -29,11 +29,11 @@ def check_threads(result: BenchResult) -> Check | None:
 
 
 def _why_fewer(asked: int, available: int, result: BenchResult) -> str:
+    if os.environ.get("ORT_LOAD_CONFIG_FROM_MODEL") == "1" and result.properties["runtime"].startswith("onnxruntime"):
+        return "the graph sets it, which ORT_LOAD_CONFIG_FROM_MODEL=1 in the environment lets it"
     if asked > available:
         limited = f" of the machine's {os.cpu_count()}" if available < (os.cpu_count() or available) else ""
         return f"only {_counted(available, 'CPU')}{limited} may be used by this process"
-    if os.environ.get("ORT_LOAD_CONFIG_FROM_MODEL") == "1" and result.properties["runtime"].startswith("onnxruntime"):
-        return "the graph sets it, which ORT_LOAD_CONFIG_FROM_MODEL=1 in the environment lets it"
     return "a setting in the program or its backend overrules what it was told"
 
 

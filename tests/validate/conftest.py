@@ -10,6 +10,7 @@ import pytest
 
 from limbeck.backends.base import Backend, ExportJob
 from limbeck.backends.onnx import OnnxBackend
+from limbeck.backends.openvino import OpenVINOBackend
 from limbeck.exporters.artifact import Manifest, seal
 from limbeck.exporters.settings import ExportSettings
 from limbeck.models.checkpoint import load_checkpoint
@@ -29,10 +30,16 @@ def bert(tiny_checkpoint: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def artifact(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint as an ONNX artifact, made by the backend's own export. Do not write into it."""
-    return make_artifact(OnnxBackend(), bert, tmp_path_factory.mktemp("artifact") / "onnx")
+    return _artifact(OnnxBackend(), bert, tmp_path_factory.mktemp("artifact") / "onnx")
 
 
-def make_artifact(backend: Backend, bert: Path, folder: Path) -> Path:
+@pytest.fixture(scope="session")
+def openvino_artifact(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same by the OpenVINO backend."""
+    return _artifact(OpenVINOBackend(), bert, tmp_path_factory.mktemp("artifact") / "openvino")
+
+
+def _artifact(backend: Backend, bert: Path, folder: Path) -> Path:
     """Export a checkpoint without the proofs that `limbeck export` makes."""
     folder.mkdir()
     checkpoint, settings = load_checkpoint(bert), ExportSettings(backend=backend.name)
