@@ -86,9 +86,9 @@ class Noise(_Record):
     """A subject timed twice, in two processes and the same rounds, and held against itself: `ratio` is ideally 1."""
 
     subject: str
-    ratio: float
-    low: float | None = None
-    high: float | None = None
+    ratio: float = Field(gt=0, allow_inf_nan=False)
+    low: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    high: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     rounds: int = Field(ge=1)
 
     @property

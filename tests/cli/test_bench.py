@@ -1,0 +1,90 @@
+"""`limbeck bench` with MLPerf's scenarios, its noise and its report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from limbeck.validate.report import Report, load_report
+
+Limbeck = Callable[..., Any]
+CALL = ("--batch-size", 1, "--sequence-length", 8, "--threads", 1, "--rounds", 1)
+
+
+@pytest.fixture(scope="module")
+def speed(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Path:
+    """Where the report of two scenarios on a checkpoint goes."""
+    from limbeck.cli.main import _run
+
+    out = tmp_path_factory.mktemp("bench") / "speed"
+    load = ("--duration", 0.2, "--target-qps", 20, "--latency-bound-ms", 5_000)
+    words = ("bench", tiny_checkpoint("bert"), *CALL, "--scenario", "single-stream, server", *load, "--out", out)
+    assert _run([str(word) for word in words]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(speed: Path) -> Report:
+    return load_report(speed)
+
+
+def test_scenarios_are_in_the_report(report: Report, speed: Path) -> None:
+    (candidate,) = report.candidates
+    assert [scenario.name for scenario in candidate.scenarios] == ["single_stream", "server"]
+    assert candidate.scenarios[1].target_qps == 20 and candidate.scenarios[1].latency_bound_ms == 5_000
+    assert {"single_stream_p90_ms", "server_p99_ms", "server_queries_per_second"} <= {
+        metric.name for metric in candidate.metrics
+    }
+    assert "SingleStream" in (speed / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_threads_are_checked_and_energy_is_told(report: Report) -> None:
+    (candidate,) = report.candidates
+    assert [(check.name, check.passed) for check in candidate.checks] == [("threads", True)]
+    assert report.energy is not None and report.energy.startswith("Energy ")
+    assert report.noise is None  # nothing to compare with
+
+
+def test_gates_may_name_what_loadgen_found(speed: Path, tmp_path: Path, limbeck: Limbeck) -> None:
+    gates = tmp_path / "gates.yaml"
+    gates.write_text("- {metric: single_stream_p90_ms, max: 0.0001}\n")
+    shown = limbeck("gate", speed, "--gates", gates)
+    assert shown.code == 1
+    assert "single_stream_p90_ms at most 0.0001" in shown.out
+
+
+def test_noise_and_cpus_are_told(model: Path, limbeck: Limbeck) -> None:
+    shown = limbeck("bench", model, *CALL, "--noise", "--json")
+    assert shown.code == 0, shown.err
+    found = json.loads(shown.out)
+    assert found["noise"]["ratio"] > 0 and found["noise"]["rounds"] == 1
+    assert found["candidates"][0]["cpus"] != []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--scenario", "singel-stream"), "no scenario 'singel-stream'; there are single-stream, multi-stream"),
+        (("--scenario", "server"), "server scenario needs a bound"),
+        (("--scenario", "offline", "--target-qps", "9"), "the server scenario's, which was not asked for"),
+        (("--scenario", "offline", "--duration", "0"), "--duration: input should be greater than 0"),
+        (("--latency-bound-ms", "9"), "--latency-bound-ms is for MLPerf's scenarios, and none was asked for"),
+    ],
+)
+def test_wrong_scenarios_are_refused(words: tuple[str, ...], said: str, model: Path, limbeck: Limbeck) -> None:
+    limbeck("bench", model, *words).assert_refused(2, said)
+
+
+def test_a_report_is_not_written_over(speed: Path, model: Path, limbeck: Limbeck) -> None:
+    limbeck("bench", model, "--out", speed).assert_refused(2, "speed", "--overwrite")
+
+
+def test_scenarios_without_loadgen_are_refused_before_anything_is_timed(model: Path, limbeck_child: Limbeck) -> None:
+    hidden = "import sys; sys.modules['mlperf_loadgen'] = None"
+    shown = limbeck_child("bench", model, "--scenario", "offline", before=hidden)
+    shown.assert_refused(3, "LoadGen, which is not installed", 'pip install "limbeck[perf]"')
+    assert "warming up" not in shown.err
