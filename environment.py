@@ -80,6 +80,13 @@ def cpus_to_pin(threads: int) -> list[int]:
     return sorted(cpu for _, cpu in sorted(ranked)[:threads])
 
 
+def available_cores() -> int:
+    """Cores behind the logical CPUs that this process may use: fewer where two CPUs share one."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    return len({_core_of(cpu) for cpu in os.sched_getaffinity(0)})
+
+
 def _core_of(cpu: int) -> str:
     """The CPUs that share its core, as Linux lists them."""
     try:

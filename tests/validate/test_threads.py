@@ -73,6 +73,17 @@ def test_more_threads_than_cpus_are_named(result: BenchResult) -> None:
     assert f"{asked} threads take turns on {available_cpus()} CPU" in check.detail
 
 
+def test_one_thread_a_core_is_enough(result: BenchResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As OpenVINO has it on CPUs that share cores: 8 threads on 8 cores of 16 CPUs."""
+    monkeypatch.setattr("limbeck.validate.threads.available_cpus", lambda: 16)
+    monkeypatch.setattr("limbeck.validate.threads.available_cores", lambda: 8)
+    settings = result.settings.model_copy(update={"threads": 16})
+    for told, passed in ((8, True), (7, False)):
+        found = {**result.properties, "threads": str(told)}
+        check = check_threads(replace(result, settings=settings, properties=found))
+        assert check is not None and check.passed is passed
+
+
 def test_an_unknown_setting_is_said_to_be_in_the_program(result: BenchResult) -> None:
     told = {**result.properties, "threads": "0"}
     check = check_threads(replace(result, properties=told))
