@@ -163,9 +163,9 @@ def refuse_unmeasurable(recipe: Recipe, powercap: Path = POWERCAP) -> None:
     for limits in recipe.constraints:
         if limits.energy_mj is None:
             continue
-        for export in recipe.exports:
+        for export in (each for each in recipe.exports if limits.means(each.name) and not each.baseline):
             device: Device = "gpu" if export.backend.startswith("tensorrt") else "cpu"
-            meter = find_meter(device, powercap) if limits.means(export.name) else None
+            meter = find_meter(device, powercap)
             if isinstance(meter, NoMeter):
                 raise UsageError(
                     f"The constraint energy_mj on {export.name} cannot be checked here: {meter.reason}.",

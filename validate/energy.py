@@ -113,7 +113,11 @@ def find_meter(device: Device = "cpu", powercap: Path = POWERCAP) -> Meter | NoM
 
 def _rapl(powercap: Path) -> Meter | NoMeter:
     if not powercap.is_dir():
-        where = "a virtual machine, whose host keeps its meter to itself" if _is_virtual() else "or not to this process"
+        where = (
+            "a virtual machine, whose host keeps its meter to itself"
+            if _is_virtual()
+            else "a kernel or a container without it"
+        )
         return NoMeter(f"the system shows no RAPL counters ({powercap} does not exist: {where})")
     folders = sorted(powercap.glob("intel-rapl:*"))
     try:

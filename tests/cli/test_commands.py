@@ -109,7 +109,7 @@ def report(work: Path, teacher: Path, onnx: Path, openvino: Path, held_out: Path
     out = work / "report"
     timing = ("--sequence-length", LENGTH, "--threads", 1, "--rounds", 2)
     options = ("--teacher", teacher, "--data", held_out, "--gates", gates("easy", "min: -1"), *timing)
-    run("validate", onnx, openvino, *options, "--out", out)
+    run("validate", onnx, openvino, *options, "--noise", "--out", out)
     return out
 
 
@@ -200,6 +200,7 @@ def test_validate_writes_every_kind_of_report(report: Path) -> None:
     assert [candidate.name for candidate in loaded.candidates] == ["onnx", "openvino"]
     assert [step.rationale for step in loaded.steps] == ["half the latency", "channels"]
     assert all(candidate.latencies[0].sequence_length == LENGTH for candidate in loaded.candidates)
+    assert loaded.noise is not None and loaded.noise.subject == "teacher"
 
 
 def test_a_kit_is_validated_and_never_timed(
