@@ -106,8 +106,10 @@ def apply_gates(report: Report, gates: Sequence[Gate], previous: Report | None =
     for gate in gates:
         matching = _matching(gate, gated)
         if gate.slice is None:
-            found = _with_metric(gate, matching)
-            results += [on_scenario(_judge(gate, item, metric, references), item) for item, metric in found]
+            results += [
+                on_scenario(_judge(gate, item, metric, references), item)
+                for item, metric in _with_metric(gate, matching)
+            ]
             continue
         found = slices_of(gate, matching)
         on_slices = [
