@@ -178,6 +178,16 @@ class Backend(ABC):
         compared."""
         return None
 
+    def intermediates(self, folder: Path, manifest: Manifest, modules: Sequence[str]) -> Runner | None:
+        """A runner of the same program that also gives what these modules of the traced model hand on, each under the
+        module's qualified name; modules that it does not show are left out. For `limbeck bisect`, on a verified
+        artifact. `None`: this backend's programs do not show their inside.
+
+        Raises:
+            BackendUnavailable: the runtime or the device is not here.
+        """
+        return None
+
     def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts | None:
         """What the files of a verified artifact tell of its layers, and the FLOPs of a call on [batch, sequence]
         tokens; `None`: it is not known, as for a backend that does not define this.

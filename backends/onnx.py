@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,6 +107,21 @@ class TwinRunner(OnnxRunner):
         raise BackendUnavailable("A bfloat16 ONNX graph cannot be timed here: ONNX Runtime's CPU has no bfloat16.")
 
 
+def showing_intermediates(
+    graph: Path, modules: Sequence[str], precision: str, properties: Mapping[str, str] | None = None
+) -> OnnxRunner:
+    """The graph of a written artifact with what these modules hand on as further outputs (see
+    `Backend.intermediates`)."""
+    import onnx_ir
+
+    from ..exporters.float_range import write_graph
+    from ..exporters.onnx_intermediates import with_intermediates
+
+    with tempfile.TemporaryDirectory(prefix="limbeck-") as scratch:
+        shown = write_graph(with_intermediates(onnx_ir.load(str(graph)), modules), Path(scratch))
+        return (TwinRunner if precision == "bf16" else OnnxRunner)(shown, None, properties)
+
+
 class OnnxBackend(Backend):
     """`--backend onnx`."""
 
@@ -191,6 +206,12 @@ class OnnxBackend(Backend):
         from ..exporters.onnx import GRAPH_FILE, read_weights
 
         return read_weights(folder / GRAPH_FILE)
+
+    def intermediates(self, folder: Path, manifest: Manifest, modules: Sequence[str]) -> Runner:
+        from ..exporters.onnx import GRAPH_FILE
+
+        properties = self.compile_properties(manifest)
+        return showing_intermediates(folder / GRAPH_FILE, modules, manifest.settings.precision, properties)
 
     def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts:
         if not is_importable("onnx"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +36,12 @@ class OpenVINORunner(Runner):
     """One infer request of a model compiled for the CPU.
 
     Args:
+        graph: the `.xml` file, or an `openvino.Model`.
         cache: folder in which OpenVINO keeps what it compiled.
     """
 
     def __init__(
-        self, graph: Path, properties: Mapping[str, str], threads: int | None = None, cache: Path | None = None
+        self, graph: Any, properties: Mapping[str, str], threads: int | None = None, cache: Path | None = None
     ) -> None:
         import openvino
 
@@ -50,9 +51,11 @@ class OpenVINORunner(Runner):
         if cache is not None:
             wanted["CACHE_DIR"] = str(cache)
         try:
-            compiled = openvino.Core().compile_model(str(graph), "CPU", wanted)
+            program = str(graph) if isinstance(graph, Path) else graph
+            compiled = openvino.Core().compile_model(program, "CPU", wanted)
         except RuntimeError as error:
-            raise BackendUnavailable(f"OpenVINO cannot compile {graph.name}: {_last_line(error)}") from error
+            name = graph.name if isinstance(graph, Path) else "the program"
+            raise BackendUnavailable(f"OpenVINO cannot compile {name}: {_last_line(error)}") from error
         self._request = compiled.create_infer_request()
         self._inputs = [port.get_any_name() for port in compiled.inputs]
         self._outputs = [port.get_any_name() for port in compiled.outputs]
@@ -168,6 +171,15 @@ class OpenVINOBackend(Backend):
         from ..exporters.openvino import GRAPH_FILE, read_weights
 
         return read_weights(folder / GRAPH_FILE, module)
+
+    def intermediates(self, folder: Path, manifest: Manifest, modules: Sequence[str]) -> Runner:
+        import openvino
+
+        from ..exporters.openvino import GRAPH_FILE
+        from ..exporters.openvino_scopes import with_intermediates
+
+        model = openvino.Core().read_model(str(folder / GRAPH_FILE))
+        return OpenVINORunner(with_intermediates(model, list(modules)), self.compile_properties(manifest))
 
     def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts:
         if not is_importable("openvino"):

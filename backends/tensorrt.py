@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +156,14 @@ class TensorRTBackend(Backend):
         from ..exporters.onnx import GRAPH_FILE, read_weights
 
         return read_weights(folder / GRAPH_FILE)
+
+    def intermediates(self, folder: Path, manifest: Manifest, modules: Sequence[str]) -> Runner | None:
+        if manifest.format != KIT:
+            return None
+        from ..exporters.onnx import GRAPH_FILE
+        from .onnx import showing_intermediates
+
+        return showing_intermediates(folder / GRAPH_FILE, modules, manifest.settings.precision)
 
     def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts | None:
         if manifest.format != KIT:

@@ -29,6 +29,7 @@ VERBS = {
     "build": "Turn a TensorRT kit into an engine, on the GPU it is for.",
     "inspect": "Show what a checkpoint or an artifact is.",
     "validate": "Hold artifacts against their teacher and write a report.",
+    "bisect": "Find the module where an artifact parts from its model.",
     "bench": "Time models and artifacts side by side.",
     "gate": "Apply gates to a report; the exit code is the answer.",
     "diff": "Show what changed from one report to the next.",

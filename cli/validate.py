@@ -54,6 +54,12 @@ Examples:
 @click.option(
     "--generation", type=int, help="Prompts whose greedy text is compared.  [default: 20, where the task is to write]"
 )
+@click.option(
+    "--attribution/--no-attribution",
+    default=True,
+    help="Say what each step from teacher to artifact lost.  [default: on]",
+)
+@click.option("--student", metavar="CKPT", help="What was exported.  [default: where the manifest says]")
 @click.option("--latency/--no-latency", default=True, help="Time teacher and artifacts side by side.  [default: on]")
 @click.option("--batch-size", type=int, help="Of the timed call.  [default: 1]")
 @click.option("--sequence-length", type=int, help="Of the timed call, in tokens.  [default: 128]")
@@ -68,18 +74,21 @@ Examples:
 def command(
     artifacts: tuple[str, ...], teacher: str, data: str, gates: str | None, slice_files: tuple[str, ...],
     slice_by: tuple[str, ...], builtin: tuple[str, ...], pair_files: tuple[str, ...], tasks: tuple[str, ...],
-    harness_tasks: str | None, generation: int | None, latency: bool, samples: int | None, task: str | None,
-    trust_remote_code: bool, columns: tuple[str, ...], out: str, overwrite: bool, as_json: bool,
-    **settings: object,
+    harness_tasks: str | None, generation: int | None, attribution: bool, student: str | None, latency: bool,
+    samples: int | None, task: str | None, trust_remote_code: bool, columns: tuple[str, ...], out: str,
+    overwrite: bool, as_json: bool, **settings: object,
 ) -> None:  # fmt: skip
     """Hold ARTIFACTS against their teacher on the same examples, and write a report.
 
     Exits with 1 when a gate or a check says no, with 5 when the examples cannot decide.
     """
+    from ..errors import UsageError
     from ..files import check_output_folder, staged_folder
     from ..validate.gates import load_gates, raise_for_verdict
     from .console import done, print_json, show, working
 
+    if student is not None and not attribution:
+        raise UsageError("--student is what attribution is made with: leave out --no-attribution.")
     limits = load_gates(existing(gates)) if gates else []
     check_output_folder(Path(out), overwrite)
     paired = {name: _kind_and_file(value) for name, value in pairs(pair_files, "--pairs").items()}
@@ -89,6 +98,7 @@ def command(
         progress.say("loading")
         from ..models.checkpoint import load_checkpoint
         from ..recipes.steps import validate
+        from ..validate.attribution import AttributionAsked
         from ..validate.harness import HarnessAsked
         from ..validate.latency import BenchSettings
         from ..validate.pair_rows import PAIR_FIELDS, read_pairs
@@ -107,9 +117,10 @@ def command(
             pairs={name: read_pairs(loaded, kind, file, named).head(samples) for name, (kind, file) in paired.items()},
         )
         harness = HarnessAsked(_names(tasks), Path(harness_tasks) if harness_tasks else None, samples)
+        given = load_checkpoint(student, loaded.task.name, trust_remote_code) if student is not None else None
         report = validate(
             folders, loaded, rows, gates=limits, latency=timing, slices=slices, generation=generation,
-            harness=harness, progress=progress,
+            harness=harness, attribution=AttributionAsked(given) if attribution else None, progress=progress,
         )  # fmt: skip
         with staged_folder(Path(out), overwrite) as staging:
             write_report(report, staging)

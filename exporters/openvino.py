@@ -18,6 +18,7 @@ from ..models.checkpoint import Checkpoint
 from .artifact import TensorSpec
 from .inputs import dynamic_shapes, longest, sample_inputs
 from .onnx import quiet_exporters
+from .openvino_scopes import name_module_outputs, recorded_scopes
 from .parameter_names import TRANSPOSED, ParameterNames, rows_of
 from .program import Floor, ProgramWeight, rounding_of
 from .settings import ExportSettings, Precision, ShapeRange
@@ -52,10 +53,11 @@ def export_graph(checkpoint: Checkpoint, settings: ExportSettings) -> ExportedMo
     from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 
     config = OpenVINOConfig(dynamic_shapes=dynamic_shapes(checkpoint, settings.shapes), stateful=False)
-    with quiet_exporters(), failures_named(checkpoint.module):
+    with quiet_exporters(), failures_named(checkpoint.module), recorded_scopes() as scopes:
         exported = OpenVINOExporter().export(checkpoint.module, sample_inputs(checkpoint, settings.shapes), config)
     _bound_shapes(exported.program, checkpoint, settings.shapes)
     name_weights(exported.program, checkpoint.module)
+    name_module_outputs(exported.program, scopes)
     if settings.precision == "fp16":
         from openvino._offline_transformations import compress_model_transformation
 

@@ -27,6 +27,7 @@ from ..prune.gradual import SparsityInTraining
 from ..prune.pruning import prune as prune_checkpoint
 from ..prune.settings import PruneSettings
 from ..prune.sparsify_settings import SparsifySettings
+from ..validate.attribution import AttributionAsked, Measured, Progressing, attribute
 from ..validate.baseline import Monitoring
 from ..validate.gates import apply_gates
 from ..validate.generation import check_prompts, set_generation
@@ -35,6 +36,7 @@ from ..validate.latency import BenchResult, BenchSettings, BenchSubject
 from ..validate.latency import bench as time_side_by_side
 from ..validate.loadgen import require_loadgen
 from ..validate.measurement import (
+    Standard,
     check_overlap,
     describe_teacher,
     measure_artifact,
@@ -55,6 +57,8 @@ __all__ = [
     "bench", "build", "command_line", "distill", "evaluation_on", "export", "export_for_device", "prune",
     "sparsification", "validate",
 ]  # fmt: skip
+
+_ATTRIBUTED = AttributionAsked()
 
 
 def distill(
@@ -147,6 +151,7 @@ def validate(
     slices: SlicesAsked | None = None,
     generation: int | None = None,
     harness: HarnessAsked | None = None,
+    attribution: AttributionAsked | None = _ATTRIBUTED,
     progress: Progress = SILENT,
 ) -> Report:
     """Hold compiled artifacts against their teacher on the same examples, and time them side by side.
@@ -158,12 +163,15 @@ def validate(
         slices: parts of the rows, and rows beside them, to measure each on its own as well.
         generation: prompts whose greedy text is compared, where the task is to write; 20 when not given.
         harness: tasks of the lm-evaluation-harness to run teacher and artifacts on.
+        attribution: measure the points between teacher and artifacts too: their students, and those exported.
     """
     check_references(gates, previous_given=False)
     slices = slices or SlicesAsked()
     check_builtin(slices.builtin, teacher.task.name)
     check_prompts(generation, teacher.task.name)
     opened = {name: open_artifact(folder) for name, folder in artifacts.items()}
+    if attribution is not None:
+        attribution.check(opened)
     tasks = None
     if harness and harness.tasks:
         progress.say("teacher, on the harness's tasks")
@@ -176,18 +184,13 @@ def validate(
     texts = set_generation(standard, generation, limit)
     monitoring = Monitoring(standard)
     standard = replace(standard, observers=tuple(filter(None, (monitoring, texts, tasks))))
-    candidates = []
-    for name, folder in artifacts.items():
-        progress.say(name)
-        runner, manifest = load_runner(folder)
-        try:
-            candidate = measure_artifact(name, folder, manifest, runner, standard, progress.advance)
-        finally:
-            runner.close()
-        seen = _training_rows(folder)
-        unseen = [check_overlap(rows, seen, where) for where, rows in _measured_rows(data, slices).items()]
-        more = {"checks": [*candidate.checks, *unseen], "baseline": name in baselines}
-        candidates.append(candidate.model_copy(update=more))
+    measured = [
+        _measured(name, folder, standard, data, slices, name in baselines, progress)
+        for name, folder in artifacts.items()
+    ]
+    candidates = [item.candidate for item in measured]
+    if attribution is not None:
+        candidates = attribute(measured, standard, attribution, Progressing(progress.say, progress.advance))
     described, timed = describe_teacher(teacher), None
     if latency is not None:
         described, candidates, timed = _timed(teacher, described, candidates, artifacts, opened, latency, progress)
@@ -215,6 +218,23 @@ def validate(
 def command_line() -> str:
     """What was typed, for the record."""
     return " ".join(["limbeck", *(shlex.quote(word) for word in sys.argv[1:])])
+
+
+def _measured(
+    name: str, folder: Path, standard: Standard, data: Data, slices: SlicesAsked, baseline: bool, progress: Progress
+) -> Measured:
+    """One artifact, loaded, measured and freed."""
+    progress.say(name)
+    runner, manifest = load_runner(folder)
+    try:
+        candidate, answers = measure_artifact(name, folder, manifest, runner, standard, progress.advance)
+    finally:
+        runner.close()
+    seen = _training_rows(folder)
+    unseen = [check_overlap(rows, seen, where) for where, rows in _measured_rows(data, slices).items()]
+    more = {"checks": [*candidate.checks, *unseen], "baseline": baseline}
+    runtime = runner.properties.get("runtime", manifest.format)
+    return Measured(candidate.model_copy(update=more), folder, manifest, answers, runtime)
 
 
 def _measured_rows(data: Data, slices: SlicesAsked) -> dict[str, Data]:

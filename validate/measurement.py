@@ -17,7 +17,7 @@ from ..models.data import Data
 from .changed import most_changed
 from .pair_rows import PairRows
 from .predictions import Predictions, Progress, broken, predict
-from .quality import measure_quality, score
+from .quality import Quality, measure_quality, score
 from .report import Candidate, Check, Metric, SliceKind
 from .slice_metrics import measure_slices
 
@@ -154,8 +154,8 @@ def scores_of(answers: Predictions, standard: Standard) -> dict[str, float]:
 
 def measure_artifact(
     name: str, folder: Path, manifest: Manifest, run: Run, standard: Standard, progress: Progress
-) -> Candidate:
-    """A compiled artifact, run with the tokenizer that it ships.
+) -> tuple[Candidate, Predictions]:
+    """A compiled artifact, run with the tokenizer that it ships, and what it answers.
 
     Raises:
         InputError: it serves another task than the teacher.
@@ -179,8 +179,8 @@ def measure_artifact(
         checks=[Check(**check.model_dump()) for check in manifest.checks],
     )
     asked = _Asked(run, load_tokenizer(folder), manifest.max_length, standard, progress)
-    candidate = _with_quality(candidate, asked, standard)
-    return candidate.model_copy(update={"metrics": [*candidate.metrics, _size_metric(candidate)]})
+    candidate, answers = _with_quality(candidate, asked, standard)
+    return candidate.model_copy(update={"metrics": [*candidate.metrics, _size_metric(candidate)]}), answers
 
 
 def measure_checkpoint(name: str, checkpoint: Checkpoint, standard: Standard, progress: Progress) -> Candidate:
@@ -195,7 +195,7 @@ def measure_checkpoint(name: str, checkpoint: Checkpoint, standard: Standard, pr
         parameters=checkpoint.parameters,
     )
     asked = _Asked(checkpoint.run, checkpoint.tokenizer, checkpoint.max_length, standard, progress)
-    return _with_quality(candidate, asked, standard)
+    return _with_quality(candidate, asked, standard)[0]
 
 
 def describe_teacher(teacher: Checkpoint) -> Candidate:
@@ -231,20 +231,12 @@ class _Asked:
         return predict(self.run, rows, teacher.task, self.tokenizer, progress=self.progress)
 
 
-def _with_quality(candidate: Candidate, answer: _Asked, standard: Standard) -> Candidate:
+def _with_quality(candidate: Candidate, answer: _Asked, standard: Standard) -> tuple[Candidate, Predictions]:
     answers = answer(standard.data)
     if broken(answers):
         check = Check(name="finite outputs", passed=False, detail=f"{candidate.name} answers with NaN or infinity")
-        return candidate.model_copy(update={"checks": [*candidate.checks, check]})
-    quality = measure_quality(
-        standard.teacher.task.name,
-        standard.predictions,
-        answers,
-        standard.references,
-        standard.data_name,
-        label_names=standard.label_names,
-        pairs=standard.pairs,
-    )
+        return candidate.model_copy(update={"checks": [*candidate.checks, check]}), answers
+    quality = quality_of(answers, standard)
     slices, checks = measure_slices(standard, answers, answer)
     answering = Answering(candidate.name, answer.run, answer.tokenizer, answer.max_length, answers)
     found = {
@@ -255,7 +247,24 @@ def _with_quality(candidate: Candidate, answer: _Asked, standard: Standard) -> C
         "changed": most_changed(standard, answers),
         "checks": [*candidate.checks, *checks],
     }
-    return candidate.model_copy(update=found)
+    return candidate.model_copy(update=found), answers
+
+
+def quality_of(answers: Predictions, standard: Standard) -> Quality:
+    """Every metric of a run's answers with its interval.
+
+    Raises:
+        InputError: too few examples.
+    """
+    return measure_quality(
+        standard.teacher.task.name,
+        standard.predictions,
+        answers,
+        standard.references,
+        standard.data_name,
+        label_names=standard.label_names,
+        pairs=standard.pairs,
+    )
 
 
 def _size_metric(candidate: Candidate) -> Metric:

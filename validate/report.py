@@ -22,13 +22,15 @@ from ..models.lineage import Curve, LayerSimilarity, LayerWidths, Step
 from .gate import REFERENCE_WORDS, Gate, GateResult, Verdict, exact_number
 from .performance import Latency, Noise, Scenario
 from .profile import Baseline
+from .waypoints import Loss, Parity, Point
 
 SCHEMA_VERSION: Final = 1
 REPORT_FILE = "report.json"
 
 __all__ = ["REFERENCE_WORDS", "Candidate", "ChangedExample", "Check", "Curve", "Gate", "GateResult", "Latency",
-           "LayerSimilarity", "LayerWidths", "Metric", "Noise", "ReliabilityBin", "Report", "Scenario", "Slice", "Step",
-           "Temperature", "Verdict", "exact_number", "load_report", "save_report"]  # fmt: skip
+           "LayerSimilarity", "LayerWidths", "Loss", "Metric", "Noise", "Parity", "Point", "ReliabilityBin", "Report",
+           "Scenario", "Slice", "Step", "Temperature", "Verdict", "Waypoint", "exact_number", "load_report",
+           "save_report"]  # fmt: skip
 
 SliceKind = Literal["file", "column", "length", "perturbed", "invariance", "counterfactual", "bias", "prompts"]
 _PROBLEMS_SHOWN = 3
@@ -155,6 +157,25 @@ class Slice(_Record):
         return self.count < FEWEST_IN_A_SLICE
 
 
+class Waypoint(_Record):
+    """One of the points between a teacher and what is deployed, measured on the same rows: how it answers, what it lost
+    to the point before, how far its answers moved, and whether its weights are the student's. `note` says what is
+    missing here, and why."""
+
+    name: Point
+    runtime: str
+    precision: str
+    metrics: list[Metric] = []
+    loss: Loss | None = None
+    parity: Parity | None = None
+    audit: Check | None = None
+    note: str | None = None
+
+    def metric(self, name: str) -> Metric | None:
+        """The metric of that name, or `None`."""
+        return next((metric for metric in self.metrics if metric.name == name), None)
+
+
 class Candidate(_Growing):
     """One thing that was measured. `unverified` says in words what was never tried ("never run on a GPU")."""
 
@@ -181,6 +202,8 @@ class Candidate(_Growing):
     slices: list[Slice] = []
     changed: list[ChangedExample] = []
     """The examples whose answers left the teacher's furthest, the furthest first."""
+    waypoints: list[Waypoint] = []
+    """The way from the teacher to this, point by point; those in between are missing where they are not at hand."""
 
     def metric(self, name: str) -> Metric | None:
         """The metric of that name, or `None`."""

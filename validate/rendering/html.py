@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from ..report import Candidate, Latency, Report, exact_number, short_number
 from . import charts
+from .attribution import attribution
 from .figures import (
     VERDICT_WORDS,
     Panel,
@@ -48,6 +49,7 @@ def render_html(report: Report) -> str:
         scatter=_scatter(report),
         reliability_panels=list(_reliability_panels(report)),
         trainings=list(trainings(report)),
+        attribution=attribution(report),
         cut_panels=list(_cut_panels(report)),
         slices=slice_map(report),
         changed=changed_examples(report),

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from ..diff import CandidateDiff, ReportDiff
 from ..report import GateResult, Report, Verdict, short_number
+from .attribution import attribution_table
 from .changes import alone, cells, diff_summary, diff_verdict, equal_text, unequal
 from .figures import VERDICT_WORDS, Column, columns, plain, summary
 from .performance import SCENARIO_HEADINGS, remarks, scenario_rows
@@ -34,6 +35,7 @@ def render_markdown(report: Report) -> str:
         _failed_checks(report),
         *(f"> **Note:** {_escape(note)}" for note in [*report.notes, *remarks(report)]),
         _folded("MLPerf scenarios", _scenarios(report)),
+        *(f"### {t.title}\n\n{_table(t.headings, t.rows, numbers_from=3)}" for t in attribution_table(report, _escape)),
         *(_folded(t.title, _table(t.headings, t.rows, numbers_from=9)) for t in slice_tables(report, _escape)),
         _folded("Steps", _steps(report)),
         _folded("Every metric", _metrics(report)),

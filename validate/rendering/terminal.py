@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ..diff import CandidateDiff, ReportDiff
 from ..report import GateResult, Report, Verdict
+from .attribution import attribution
 from .changes import alone, cells, diff_summary, diff_verdict, equal_text, unequal
 from .figures import VERDICT_WORDS, Column, columns, summary
 from .performance import SCENARIO_HEADINGS, remarks, scenario_rows
@@ -37,6 +38,7 @@ def render_table(report: Report) -> RenderableType:
     if any(candidate.scenarios for candidate in report.measured):
         parts.append(_scenarios(report))
     parts += [_text(remark, "dim") for remark in remarks(report)]
+    parts += _steps(report)
     if report.gates:
         parts.append(_gates(report.gates))
     for candidate, check in report.checks():
@@ -107,6 +109,26 @@ def _scenarios(report: Report) -> Table:
     for row in scenario_rows(report):
         table.add_row(*map(_text, row))
     return table
+
+
+def _steps(report: Report) -> list[RenderableType]:
+    """What each step from the teacher to a candidate lost."""
+    found = attribution(report)
+    if found is None:
+        return []
+    table = Table(title="What each step lost", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("Candidate", overflow="fold", min_width=12)
+    table.add_column("Point")
+    for heading in (found.metric, "Lost (95% interval)", "Answers moved by"):
+        table.add_column(_text(heading), justify="right")
+    before = ""
+    for row in found.rows:
+        table.add_row(
+            *map(_text, ("" if row.candidate == before else row.candidate, row.point, row.quality, row.lost, row.moved))
+        )
+        before = row.candidate
+    notes = dict.fromkeys(f"! {row.candidate}: {row.note}" for row in found.rows if row.note)
+    return [table, *map(_text, notes)]
 
 
 def _gates(results: list[GateResult]) -> Table:
