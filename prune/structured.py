@@ -49,16 +49,14 @@ def prune_structure(
     if settings.allocation == "global" and not importance.comparable:
         scores = _as_shares(scores)
     selection = choose(checkpoint.model, settings, scores)
-    model = checkpoint.model
-    if settings.repair:
-        model = repaired(checkpoint, selection, calibration)
-    smaller = select(model, selection)
+    repair = repaired(checkpoint, selection, calibration) if settings.repair else None
+    smaller = select(repair.model if repair else checkpoint.model, selection)
     widths = widths_of(checkpoint.model, smaller, selection)
     return PruneResult(
         model=smaller,
         method=f"{settings.structure} by {settings.chosen_by}{', repaired' if settings.repair else ''}",
         widths=widths,
-        note=_note(settings, checkpoint.model, smaller, widths),
+        note=_note(settings, checkpoint.model, smaller, widths) + (f" {repair.note}" if repair else ""),
     )
 
 

@@ -16,16 +16,14 @@ from limbeck.errors import InputError, UsageError
 from limbeck.models.anatomy import ANATOMIES, anatomy_of
 from limbeck.models.batching import Batch, pad
 from limbeck.models.checkpoint import Checkpoint, hash_of_model, load_checkpoint
-from limbeck.models.data import Data
 from limbeck.models.gates import Gates, gated
-from limbeck.models.importance import IMPORTANCES, Calibration, Scores, get_importance
+from limbeck.models.importance import IMPORTANCES, Scores, get_importance
 from limbeck.models.shapes import KEY, shapes_of
 from limbeck.models.surgery import Selection, select
 from limbeck.models.tasks.base import tokenize
 from limbeck.prune.choice import WIDTH_MULTIPLE, kept_width
 from limbeck.prune.one_shot import SPARSIFIERS
 from limbeck.prune.pruning import prune
-from limbeck.prune.repair import DAMPING, repaired
 from limbeck.prune.settings import STRUCTURE_METHODS, ZERO_METHODS, PruneSettings
 from limbeck.prune.structured import choose
 
@@ -42,10 +40,6 @@ def batch_of(checkpoint: Checkpoint, texts: list[str]) -> Batch:
 @torch.inference_mode()
 def hidden_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return model.eval()(**batch).last_hidden_state
-
-
-def tiny_data(checkpoint: Checkpoint, texts: list[str], write_jsonl: WriteRows, folder: Path) -> Data:
-    return checkpoint.read(write_jsonl(folder / "rows.jsonl", [{"text": text} for text in texts]))
 
 
 def gates_of(model: PreTrainedModel, selection: Selection) -> Gates:
@@ -130,86 +124,6 @@ def test_heads_and_width_cut_together_load_with_plain_transformers(
     both.save(tmp_path / "both")
     batch = batch_of(both, texts[:4])
     assert torch.equal(hidden_of(AutoModel.from_pretrained(tmp_path / "both"), batch), hidden_of(both.model, batch))
-
-
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "modernbert"])
-@pytest.mark.parametrize("structure", ["heads", "ffn"])
-def test_repair_comes_nearer_to_the_whole(
-    family: str,
-    structure: str,
-    tiny_checkpoint: TinyCheckpoint,
-    texts: list[str],
-    write_jsonl: WriteRows,
-    tmp_path: Path,
-) -> None:
-    checkpoint = load_checkpoint(tiny_checkpoint(family))
-    data = tiny_data(checkpoint, texts, write_jsonl, tmp_path)
-    batch = batch_of(checkpoint, texts)
-    real = batch["attention_mask"].bool()
-    whole = hidden_of(checkpoint.model, batch)[real]
-
-    def error(repair: bool) -> float:
-        wanted = PruneSettings(structure=structure, keep=0.5, repair=repair)  # type: ignore[arg-type]
-        pruned = prune(checkpoint, wanted, data)
-        return float((hidden_of(pruned.model, batch)[real] - whole).square().mean())
-
-    assert error(repair=True) < 0.95 * error(repair=False)
-
-
-@pytest.mark.parametrize(("family", "structure"), [("bert", "heads"), ("gpt2", "ffn"), ("modernbert", "ffn")])
-def test_a_repaired_model_reads_nothing_of_what_goes(
-    family: str,
-    structure: str,
-    tiny_checkpoint: TinyCheckpoint,
-    texts: list[str],
-    write_jsonl: WriteRows,
-    tmp_path: Path,
-) -> None:
-    """Of the old sizes and repaired, it computes what it computes when the parts have been cut out."""
-    checkpoint = load_checkpoint(tiny_checkpoint(family))
-    wanted = PruneSettings(structure=structure, keep=0.5)  # type: ignore[arg-type]
-    scores = get_importance("magnitude").scores(checkpoint, [structure])
-    selection = choose(checkpoint.model, wanted, scores)
-    data = tiny_data(checkpoint, texts, write_jsonl, tmp_path)
-    examples = checkpoint.task.examples(data, checkpoint.tokenizer, 64, checkpoint.model.config)
-    repaired_model = repaired(checkpoint, selection, Calibration(examples))
-    batch = batch_of(checkpoint, texts)
-    torch.testing.assert_close(
-        hidden_of(repaired_model, batch), hidden_of(select(repaired_model, selection), batch), rtol=0, atol=1e-5
-    )
-
-
-def test_repair_is_the_least_squares_solution(
-    tiny_checkpoint: TinyCheckpoint, texts: list[str], write_jsonl: WriteRows, tmp_path: Path
-) -> None:
-    """The first layer's output projection, against numpy's solver on the inputs that a hook saw."""
-    checkpoint = load_checkpoint(tiny_checkpoint("bert"))
-    data = tiny_data(checkpoint, texts, write_jsonl, tmp_path)
-    wanted = PruneSettings(structure="heads", keep=0.5, repair=True)
-    output = checkpoint.model.get_submodule("encoder.layer.0.attention.output.dense")
-    seen: list[torch.Tensor] = []
-    batch = batch_of(checkpoint, texts)
-    hook = output.register_forward_pre_hook(
-        lambda _, args: seen.append(args[0][batch["attention_mask"].bool()].double())
-    )
-    hidden_of(checkpoint.model, batch)
-    hook.remove()
-    selection = choose(checkpoint.model, wanted, get_importance("magnitude").scores(checkpoint, ["heads"]))
-    assert selection.heads is not None
-    kept = (selection.heads[0].query.unsqueeze(1) * 8 + torch.arange(8)).flatten()
-    inputs, weight = seen[0], output.weight.detach().double()
-    gone = torch.tensor([channel for channel in range(32) if channel not in kept.tolist()])
-    scale = 1 / inputs.norm(dim=1, keepdim=True)
-    mean = (scale**2 * inputs).sum(dim=0) / (scale**2).sum()
-    damping = (DAMPING * (scale * (inputs - mean)[:, kept]).square().sum(dim=0)).sqrt()
-    ones = torch.cat([scale, torch.zeros(len(kept), 1, dtype=torch.float64)])
-    rows = torch.cat([torch.cat([scale * inputs[:, kept], damping.diag()]), ones], dim=1)
-    lost = torch.cat([scale * (inputs[:, gone] @ weight[:, gone].T), torch.zeros(len(kept), 32, dtype=torch.float64)])
-    solution = torch.linalg.lstsq(rows, lost).solution
-    expected = weight[:, kept] + solution[:-1].T
-    pruned = prune(checkpoint, wanted, data).model.get_submodule("encoder.layer.0.attention.output.dense")
-    assert torch.allclose(pruned.bias.double(), output.bias.double() + solution[-1], atol=1e-3)
-    assert torch.allclose(pruned.weight.double(), expected, atol=1e-4)
 
 
 @every_family

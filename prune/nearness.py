@@ -1,0 +1,39 @@
+"""How near pruned models are to the whole one by what they answer: the check behind whatever importance or a
+layer's error only promises. No labels are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..models.batching import Batch, batches_by_length
+from ..models.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from ..models.importance import Calibration
+
+
+def distances(whole: Checkpoint, others: Sequence[Checkpoint], looked_at: Calibration) -> list[float]:
+    """How far the others' outputs y are from the whole model's y0, `sum |y - y0|^2 / sum |y0|^2` over the examples and
+    their real tokens: 0 for the same outputs, about 1 where nothing is left of them. For unit vectors it is
+    `2 (1 - mean cosine)`. Of logits, what all classes have in common is left out, which softmax does not see.
+
+    One batch at a time goes through all models; none of the outputs are kept.
+    """
+    off, size = np.zeros(len(others)), 0.0
+    for _, batch in batches_by_length(looked_at.examples, whole.tokenizer, looked_at.batch_size):
+        expected = _outputs(whole, batch)
+        size += float(np.square(expected).sum())
+        off += [float(np.square(_outputs(other, batch) - expected).sum()) for other in others]
+    return [float(each) for each in off / max(size, 1e-300)]
+
+
+def _outputs(checkpoint: Checkpoint, batch: Batch) -> np.ndarray:
+    """float64 [texts or real tokens, values]."""
+    outputs: Mapping[str, np.ndarray] = checkpoint.run(batch)
+    found = outputs[checkpoint.task.output].astype(np.float64)
+    if found.ndim == 3:
+        found = found[batch["attention_mask"].bool().numpy()]
+    return found - found.mean(axis=1, keepdims=True) if checkpoint.task.output == "logits" else found
