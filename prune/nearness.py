@@ -4,15 +4,45 @@ layer's error only promises. No labels are looked at."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..models.batching import Batch, batches_by_length
+from ..errors import InputError
+from ..models.batching import Batch, Examples, batches_by_length
 from ..models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from ..models.importance import Calibration
+
+
+HELD_OUT, MOST_HELD_OUT = 0.2, 64
+"""The share of the examples that nothing is fitted to, and how many texts are enough to judge by."""
+
+
+def parted(calibration: Calibration) -> tuple[Calibration, Calibration]:
+    """The examples to decide by, and those held out to judge by. Both texts of a pair are on the same side: they are
+    alike.
+
+    Raises:
+        InputError: there are not two.
+    """
+    examples = calibration.examples
+    texts = 2 if examples.pairs else 1
+    count = len(examples) // texts
+    if count < 2:
+        raise InputError("Some examples are held out to judge by, and there is one alone.", "Give it more rows.")
+    many = max(1, min(round(HELD_OUT * count), MOST_HELD_OUT // texts))
+    chosen = np.random.default_rng(calibration.seed).permutation(count)[:many]
+    out = np.isin(np.arange(len(examples)) % count, chosen)
+    held_out = replace(_only(calibration, np.flatnonzero(out)), progress=None)
+    return _only(calibration, np.flatnonzero(~out)), held_out
+
+
+def _only(calibration: Calibration, places: np.ndarray) -> Calibration:
+    """Examples at some places; a task's references stay behind, since nothing is scored."""
+    return replace(calibration, examples=Examples([calibration.examples.features[place] for place in places]))
 
 
 def distances(whole: Checkpoint, others: Sequence[Checkpoint], looked_at: Calibration) -> list[float]:

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..errors import InputError, UsageError
+from ..errors import UsageError
 from ..models.anatomy import Linear, anatomy_of, reduction_axis
-from ..models.batching import Examples
 from ..models.checkpoint import Checkpoint
 from ..models.importance import Calibration
 from ..models.mapped import copy_of
 from ..models.shapes import shapes_of
 from ..models.surgery import Selection
 from .layerwise import Moments, Statistic, layerwise_pass
-from .nearness import distances
+from .nearness import distances, parted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
 DAMPINGS = (1e-3, 1e-1, 1.0)
 """Shares of its own variance by which every kept channel's is raised; the held-out examples choose. The more, the
 nearer to the weights as they were."""
-HELD_OUT, MOST_HELD_OUT = 0.2, 64
-"""The share of the examples that no repair is fitted to, and how many of them are enough to choose by."""
-
 Fit = tuple[torch.Tensor, torch.Tensor | None]
 """A projection's weight, as the module stores it, and its bias."""
 
@@ -100,27 +96,6 @@ def repaired(checkpoint: Checkpoint, selection: Selection, calibration: Calibrat
                 nearest, successes = found[best], successes + 1
             module.load_state_dict(model.get_submodule(name).state_dict())  # the layers after see what was decided
     return Repaired(model, successes, len(kept), before, nearest)
-
-
-def parted(calibration: Calibration) -> tuple[Calibration, Calibration]:
-    """The examples to fit to, and those held out. Both texts of a pair are on the same side: they are alike.
-
-    Raises:
-        InputError: there are not two.
-    """
-    examples = calibration.examples
-    rows = np.arange(len(examples)) % (len(examples) // 2 if examples.pairs else len(examples))
-    count = len(np.unique(rows))
-    if count < 2:
-        raise InputError("Repair holds examples out to judge by, and there is one alone.", "Give it more rows.")
-    chosen = np.random.default_rng(calibration.seed).permutation(count)[: max(1, round(HELD_OUT * count))]
-    out = np.isin(rows, chosen)
-    held = np.flatnonzero(out)[:: -(-int(out.sum()) // MOST_HELD_OUT)]
-
-    def of(places: np.ndarray) -> Calibration:
-        return replace(calibration, examples=Examples([examples.features[place] for place in places]))
-
-    return of(np.flatnonzero(~out)), replace(of(held), progress=None)
 
 
 def _kept_inputs(model: PreTrainedModel, selection: Selection) -> dict[str, torch.Tensor]:

@@ -182,15 +182,18 @@ def selection_of(model: PreTrainedModel, scores: Scores, shapes: Mapping[int, La
     return Selection(layers=sorted(shapes), heads=heads, ffn=ffn)
 
 
-def search(space: SearchSpace, costs: Costs, budget: float) -> dict[int, LayerShape]:
+def search(space: SearchSpace, costs: Costs, budget: float, depth: int | None = None) -> dict[int, LayerShape]:
     """The sizes of the layers that stay (by their number, at least one) that lose least and cost at most `budget`.
 
     The result is the best one to within a millionth of all importance.
 
+    Args:
+        depth: how many layers stay; as many as is best where not given.
+
     Raises:
         UsageError: nothing costs as little as the budget; the message says what the least is.
     """
-    if costs.of(space.whole) <= budget:
+    if costs.of(space.whole) <= budget and depth in (None, len(space.layers)):
         return space.whole
     smallest = least(space, costs)
     if (lowest := costs.of(smallest)) > budget * (1 - 2 * _SLACK):
@@ -199,7 +202,7 @@ def search(space: SearchSpace, costs: Costs, budget: float) -> dict[int, LayerSh
             f"with {_described(smallest)}.",
             "Relax the budget, or protect fewer layers.",
         )
-    return _Program(space, costs).solved(budget)
+    return _Program(space, costs).solved(budget, depth)
 
 
 def least(space: SearchSpace, costs: Costs) -> dict[int, LayerShape]:
@@ -263,15 +266,19 @@ class _Program:
             for count in sorted({count for options in self._space.layers for count in options.heads}):
                 yield _Column("shared", -1, count, 0.0, self._costs.shared_head * count)
 
-    def solved(self, budget: float) -> dict[int, LayerShape]:
-        """The best choice within the budget, which must be reachable."""
+    def solved(self, budget: float, depth: int | None = None) -> dict[int, LayerShape]:
+        """The best choice within the budget, which must be reachable at some depth.
+
+        Raises:
+            UsageError: not at this depth.
+        """
         from scipy.optimize import Bounds, LinearConstraint, milp
 
         costs = np.array([column.cost for column in self._columns]) / budget
         lost = np.array([column.lost for column in self._columns]) / (self._space.total or 1.0)
         constraints = [
             LinearConstraint(costs[None, :], ub=1 - self._costs.rest / budget - _SLACK),
-            LinearConstraint(self._row("layer", None), lb=1),
+            LinearConstraint(self._row("layer", None), lb=depth or 1, ub=depth or np.inf),
             *self._choices(),
         ]
         lower = np.array([float(column.required) for column in self._columns])
@@ -282,6 +289,8 @@ class _Program:
             constraints=constraints,
             options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
         )
+        if found.x is None and depth is not None:
+            raise UsageError(f"The budget of {budget:.4g} cannot be reached with {depth} layers.")
         if found.x is None:
             raise LimbeckError(f"The solver found no choice within the budget of {budget:.4g}: {found.message}")
         return self._shapes(found.x > 0.5)

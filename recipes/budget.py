@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import UsageError
 from ..models.anatomy import anatomy_of
 from ..models.checkpoint import Checkpoint
@@ -20,8 +22,10 @@ from ..models.importance import Calibration, Importance, Scores, get_importance
 from ..models.lineage import LayerWidths
 from ..models.shapes import LayerShape, shapes_of
 from ..models.surgery import select
+from ..prune.alternatives import alternatives
 from ..prune.budget_settings import Budget
 from ..prune.costs import Costs, Storage, flop_costs, weight_costs
+from ..prune.nearness import distances, parted
 from ..prune.pruning import prune, refuse_if_sparse
 from ..prune.result import PruneResult, check_finite
 from ..prune.search import SearchSpace, check_protected, least, search, search_space, selection_of
@@ -84,7 +88,8 @@ def prune_to_budget(
 
     def pruning(checkpoint: Checkpoint, settings: PruneSettings, calibration: Calibration | None) -> PruneResult:
         check_finite(checkpoint)
-        way = _Way(get_importance(settings.chosen_by), calibration, budget.protect, progress)
+        assert calibration is not None  # the methods that a budget takes look at data
+        way = _Way(checkpoint, get_importance(settings.chosen_by), *parted(calibration), budget.protect, progress)
         if target is None:
             outcome = _by_counting(checkpoint, way, budget)
         else:
@@ -132,8 +137,11 @@ class _Stage:
 class _Way:
     """How a model is brought near its budget."""
 
+    whole: Checkpoint
     importance: Importance
-    calibration: Calibration | None
+    calibration: Calibration
+    held_out: Calibration
+    """Examples that importance does not look at, by which choices are judged."""
     protect: tuple[int, ...]
     progress: Progress
 
@@ -146,10 +154,22 @@ class _Way:
         """The model after all rounds but the last, which is left to the caller."""
         whole = costs.of(stage.space.whole)
         for done in range(1, ROUNDS):
-            shapes = search(stage.space, costs.only(stage.origin), whole * (budget / whole) ** (done / ROUNDS))
+            shapes = self.chosen(stage, costs.only(stage.origin), whole * (budget / whole) ** (done / ROUNDS))
             origin = tuple(sorted(stage.from_start(shapes)))
             stage = self._stage(stage.cut(shapes), origin, stage.kept_by(shapes), done + 1)
         return stage
+
+    def chosen(self, stage: _Stage, costs: Costs, budget: float) -> Shapes:
+        """Of the choices within the budget, the one whose outputs on the examples held out come nearest to the whole
+        model's.
+
+        Raises:
+            UsageError: the budget cannot be reached.
+        """
+        found = alternatives(stage.space, costs, budget)
+        self.progress.say(f"comparing {len(found)} choices")
+        off = distances(self.whole, [stage.cut(shapes) for shapes in found], self.held_out)
+        return found[int(np.argmin(off))]
 
     def _stage(self, checkpoint: Checkpoint, origin: tuple[int, ...], kept: float, number: int) -> _Stage:
         self.progress.say(f"measuring importance, round {number} of {ROUNDS}")
@@ -231,7 +251,7 @@ def _by_counting(checkpoint: Checkpoint, way: _Way, budget: Budget) -> _Outcome:
     shapes = search(stage.space, costs, budget.limit)
     if shapes != stage.space.whole:
         stage = way.near(stage, costs, budget.limit)
-        shapes = search(stage.space, costs.only(stage.origin), budget.limit)
+        shapes = way.chosen(stage, costs.only(stage.origin), budget.limit)
     predicted = costs.only(stage.origin).of(shapes)
     return _Outcome(stage.cut(shapes), stage.from_start(shapes), stage.kept_by(shapes), whole, predicted)
 
@@ -254,7 +274,7 @@ def _by_timing(timing: SideBySide, way: _Way, budget: float, table: LatencyTable
     costs, tried = costs.only(stage.origin), list[_Outcome]()
     while len(tried) < _ATTEMPTS:
         timing.progress.say("searching")
-        shapes = _chosen(stage.space, costs, budget)
+        shapes = _chosen(way, stage, costs, budget)
         if any(stage.from_start(shapes) == before.shapes for before in tried):
             break
         tried.append(_checked(timing, stage, shapes, costs.of(shapes), table))
@@ -267,12 +287,12 @@ def _by_timing(timing: SideBySide, way: _Way, budget: float, table: LatencyTable
     return replace(best, attempts=len(tried))
 
 
-def _chosen(space: SearchSpace, costs: Costs, budget: float) -> Shapes:
-    """The search's choice; where corrected costs leave none, the least there is, which may do better than they say."""
+def _chosen(way: _Way, stage: _Stage, costs: Costs, budget: float) -> Shapes:
+    """The best choice; where corrected costs leave none, the least there is, which may do better than they say."""
     try:
-        return search(space, costs, budget)
+        return way.chosen(stage, costs, budget)
     except UsageError:
-        return least(space, costs)
+        return least(stage.space, costs)
 
 
 def _checked(timing: SideBySide, stage: _Stage, shapes: Shapes, predicted: float, table: LatencyTable) -> _Outcome:

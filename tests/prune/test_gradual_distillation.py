@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import TrainerState
 
-from limbeck.distill.callbacks import Modification
+from limbeck.distill.callbacks import KeepZeros, Modification
 from limbeck.distill.distillation import Surroundings, distill
 from limbeck.distill.settings import DistillSettings, StudentSettings
 from limbeck.distill.student import draw_student
 from limbeck.distill.trainer import Evaluation
 from limbeck.errors import UsageError
-from limbeck.models.anatomy import anatomy_of, reduction_axis
+from limbeck.models.anatomy import ANATOMIES, anatomy_of, reduction_axis
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint
 from limbeck.models.data import Data
 from limbeck.models.sparsity import is_semi_structured
+from limbeck.prune.pruning import prune
+from limbeck.prune.settings import PruneSettings
 from limbeck.prune.sparsify_settings import SparsifySettings
 from limbeck.recipes.steps import sparsification
 
@@ -144,3 +148,34 @@ def test_zeros_survive_a_later_distillation(teacher: Checkpoint, data: Data, tmp
     later = distill(load_checkpoint(tmp_path / "sparse", "sentence-similarity"), teacher, short, data)
     assert zero_shares(later) == zero_shares(sparse)
     assert later.hash != sparse.hash
+
+
+@pytest.mark.parametrize("family", sorted(ANATOMIES))
+def test_a_pattern_survives_the_steps_of_an_optimiser_in_every_family(
+    family: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    sparse = prune(load_checkpoint(tiny_checkpoint(family)), PruneSettings(pattern="2:4"))
+    before = {name: module.weight.detach().clone() for name, module in patterned(sparse)}
+    assert before
+    optimizer = torch.optim.AdamW(sparse.model.parameters(), lr=1e-2, weight_decay=0.1)
+    callback = KeepZeros(sparse.module)
+    for step in range(2):
+        for parameter in sparse.model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+        callback.on_optimizer_step(None, TrainerState(), None)
+    for name, weight in before.items():
+        after = sparse.model.get_submodule(name).weight
+        assert torch.equal(after == 0, weight == 0) and not torch.equal(after, weight)
+    sparse.save(tmp_path / "trained")
+    assert {name for name, _ in patterned(load_checkpoint(tmp_path / "trained"))} == set(before)
+
+
+def patterned(checkpoint: Checkpoint) -> list[tuple[str, Any]]:
+    """The matrices that are 2:4, by name."""
+    matrices = anatomy_of(checkpoint.model).linear_layers(checkpoint.model)
+    return [
+        (name, module)
+        for name, module in matrices
+        if is_semi_structured(module.weight.detach().numpy(), reduction_axis(module))
+    ]

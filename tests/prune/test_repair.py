@@ -18,6 +18,7 @@ from limbeck.models.importance import Calibration, get_importance
 from limbeck.models.surgery import select
 from limbeck.models.tasks.base import tokenize
 from limbeck.prune import repair
+from limbeck.prune.nearness import MOST_HELD_OUT, parted
 from limbeck.prune.pruning import prune
 from limbeck.prune.settings import PruneSettings
 from limbeck.prune.structured import choose
@@ -102,7 +103,7 @@ def test_repair_is_the_least_squares_solution(
     output = checkpoint.model.get_submodule("encoder.layer.0.attention.output.dense")
     seen: list[torch.Tensor] = []
     examples = checkpoint.task.examples(data, checkpoint.tokenizer, 64, checkpoint.model.config)
-    fitted_to, _ = repair.parted(Calibration(examples))
+    fitted_to, _ = parted(Calibration(examples))
     batch = checkpoint.model_inputs(pad(fitted_to.examples.features, checkpoint.tokenizer))
     hook = output.register_forward_pre_hook(
         lambda _, args: seen.append(args[0][batch["attention_mask"].bool()].double())
@@ -167,11 +168,11 @@ def test_repair_judges_by_examples_that_it_was_not_fitted_to(
     def rows(calibration: Calibration) -> set[int]:
         return {examples.features.index(feature) % len(texts) for feature in calibration.examples.features}
 
-    fitted_to, held_out = repair.parted(Calibration(examples))
+    fitted_to, held_out = parted(Calibration(examples))
     assert len(rows(held_out)) == round(0.2 * len(texts)) and len(held_out.examples) == 2 * len(rows(held_out))
     assert not rows(fitted_to) & rows(held_out) and rows(fitted_to) | rows(held_out) == set(range(len(texts)))
     many = Calibration(Examples(examples.features * 10))
-    assert len(repair.parted(many)[1].examples) <= repair.MOST_HELD_OUT
+    assert len(parted(many)[1].examples) <= MOST_HELD_OUT
     one = checkpoint.read(write_jsonl(tmp_path / "one.jsonl", [{"text": texts[0]}]))
-    with pytest.raises(InputError, match="holds examples out to judge by, and there is one alone"):
+    with pytest.raises(InputError, match="held out to judge by, and there is one alone"):
         prune(checkpoint, PruneSettings(structure="ffn", keep=0.5, repair=True), one)
