@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import InputError
 from ..models.batching import Batch, Examples, batches_by_length
 from ..models.checkpoint import Checkpoint
+from ..models.placement import placed
 
 if TYPE_CHECKING:
     from ..models.importance import Calibration
@@ -50,8 +51,9 @@ def distances(whole: Checkpoint, others: Sequence[Checkpoint], looked_at: Calibr
     their real tokens: 0 for the same outputs, about 1 where nothing is left of them. For unit vectors it is
     `2 (1 - mean cosine)`. Of logits, what all classes have in common is left out, which softmax does not see.
 
-    One batch at a time goes through all models; none of the outputs are kept.
+    One batch at a time goes through all models, on the GPU where one has room; none of the outputs are kept.
     """
+    whole, others = placed(whole), [placed(other) for other in others]
     off, size = np.zeros(len(others)), 0.0
     for _, batch in batches_by_length(looked_at.examples, whole.tokenizer, looked_at.batch_size):
         expected = _outputs(whole, batch)

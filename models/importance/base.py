@@ -12,6 +12,7 @@ import torch
 from ...errors import InputError, UsageError, did_you_mean
 from ..batching import Examples
 from ..checkpoint import Checkpoint
+from ..placement import placed
 
 STRUCTURES = ("heads", "ffn", "layers", "width")
 """What can be scored, and cut: `width` are the channels of the residual stream."""
@@ -60,8 +61,8 @@ class Importance(ABC):
     def scores(
         self, checkpoint: Checkpoint, structures: Collection[str], calibration: Calibration | None = None
     ) -> Scores:
-        """Score these structures. The model is left as it was, wherever it is; memory does not depend on the number of
-        examples.
+        """Score these structures. The model is left as it was, wherever it is, and looked at on the GPU where one has
+        room; memory does not depend on the number of examples.
 
         Raises:
             UsageError: a structure that is none or that this importance does not score, or `needs_data` and there is no
@@ -76,7 +77,7 @@ class Importance(ABC):
             raise UsageError(f"Importance {self.name!r} needs examples.", "Add --data, or take --method magnitude.")
         if len(calibration.examples) == 0:
             raise InputError(f"There are no examples that importance {self.name!r} could look at.")
-        return self._scores(checkpoint, frozenset(structures), calibration)
+        return self._scores(placed(checkpoint), frozenset(structures), calibration)
 
     def _check(self, structure: str) -> None:
         if structure not in STRUCTURES:
