@@ -7,7 +7,7 @@ a whole layer against parts of several, is what it says least surely; so these a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ..errors import UsageError
@@ -42,9 +42,9 @@ def alternatives(space: SearchSpace, costs: Costs, budget: float) -> list[Shapes
 
 def _others(space: SearchSpace, costs: Costs, budget: float, best: Shapes) -> Iterator[Shapes]:
     for weight in _HEADS_WEIGH:
-        yield search(_changed(space, lambda lost, by=weight: by * lost, lambda lost: lost), costs, budget)
+        yield search(_changed(space, heads=weight), costs, budget)
     for power in _POWERS:
-        yield search(_changed(space, lambda lost, by=power: lost**by, lambda lost, by=power: lost**by), costs, budget)
+        yield search(_changed(space, power=power), costs, budget)
     by_depth = {len(best): best}
     for depth in (len(best) - 1, len(best) + 1):
         if 1 <= depth <= len(space.layers):
@@ -57,18 +57,18 @@ def _others(space: SearchSpace, costs: Costs, budget: float, best: Shapes) -> It
         yield from _even(space, costs, budget, sorted(shapes))
 
 
-def _changed(space: SearchSpace, heads: Callable[[float], float], rest: Callable[[float], float]) -> SearchSpace:
-    """The space with its losses changed: of heads, and of channels and whole layers."""
+def _changed(space: SearchSpace, heads: float = 1.0, power: float = 1.0) -> SearchSpace:
+    """The space with all of its losses raised to a power, those of heads multiplied first."""
 
-    def all_of(losses: Losses, change: Callable[[float], float]) -> Losses:
-        return {count: change(lost) for count, lost in losses.items()}
+    def raised(losses: Losses, weight: float) -> Losses:
+        return {count: (weight * lost) ** power for count, lost in losses.items()}
 
     layers = [
         replace(
             options,
-            heads=all_of(options.heads, heads),
-            ffn=all_of(options.ffn, rest),
-            dropped=None if options.dropped is None else rest(options.dropped),
+            heads=raised(options.heads, heads),
+            ffn=raised(options.ffn, 1.0),
+            dropped=None if options.dropped is None else options.dropped**power,
         )
         for options in space.layers
     ]

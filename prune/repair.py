@@ -81,7 +81,7 @@ def repaired(checkpoint: Checkpoint, selection: Selection, calibration: Calibrat
     kept = _kept_inputs(checkpoint.model, selection)
     model = copy_of(checkpoint.model, lambda weight: weight.detach().clone())
     for name, inputs in kept.items():
-        _set(model.get_submodule(name), _cut(model.get_submodule(name), inputs))  # type: ignore[arg-type]
+        _set(model.get_submodule(name), _cut(model.get_submodule(name), inputs))
     before = nearest = distances(checkpoint, [replace(checkpoint, model=model)], held_out)[0]
     successes = 0
     for work in layerwise_pass(checkpoint, fitted_to, Statistic.RELATIVE_GRAM, names=kept.keys()):
@@ -92,7 +92,7 @@ def repaired(checkpoint: Checkpoint, selection: Selection, calibration: Calibrat
             found = distances(checkpoint, [_with(checkpoint, model, name, fit) for fit in tried], held_out)
             best = int(np.argmin(found))
             if found[best] < nearest:
-                _set(model.get_submodule(name), tried[best])  # type: ignore[arg-type]
+                _set(model.get_submodule(name), tried[best])
                 nearest, successes = found[best], successes + 1
             module.load_state_dict(model.get_submodule(name).state_dict())  # the layers after see what was decided
     return Repaired(model, successes, len(kept), before, nearest)
@@ -158,5 +158,5 @@ def _set(module: Linear, fit: Fit) -> None:
 def _with(checkpoint: Checkpoint, model: PreTrainedModel, name: str, fit: Fit) -> Checkpoint:
     """The model with another fit in one place; all else is shared memory."""
     other = copy_of(model, lambda weight: weight.detach())
-    _set(other.get_submodule(name), fit)  # type: ignore[arg-type]
+    _set(other.get_submodule(name), fit)
     return replace(checkpoint, model=other)

@@ -248,7 +248,7 @@ def _by_counting(checkpoint: Checkpoint, way: _Way, budget: Budget) -> _Outcome:
     costs = costs.in_units_of(unit)
     stage = way.begin(checkpoint)
     whole = costs.of(stage.space.whole)
-    shapes = search(stage.space, costs, budget.limit)
+    shapes: Shapes = search(stage.space, costs, budget.limit)
     if shapes != stage.space.whole:
         stage = way.near(stage, costs, budget.limit)
         shapes = way.chosen(stage, costs.only(stage.origin), budget.limit)
