@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ from process_memory import Peak
 from transformers.models.llama import modeling_llama  # noqa: F401 - a library, so not counted
 
 from limbeck.files import write_text
+from limbeck.models.anatomy import anatomy_of
 from limbeck.models.batching import Examples
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint
 from limbeck.models.importance import Calibration
+from limbeck.models.sparsity import is_semi_structured
 from limbeck.prune.semi_structured import prune_semi_structured
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -57,6 +60,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="of ours; the reference code takes one at a time")
     parser.add_argument("--rounds", type=int, default=1, help="of which the quickest counts")
     parser.add_argument("--permute", action="store_true", help="also with channels put in a better order")
+    parser.add_argument("--distill", type=int, metavar="STEPS", help="then train what SparseGPT made, its zeros held")
     parser.add_argument("--windows", type=int, help="most windows that perplexity is measured on")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=Path, help=argparse.SUPPRESS)
@@ -92,6 +96,36 @@ def _side_by_side(options: argparse.Namespace) -> Iterator[str]:
         seconds, peak = (min(each[what] for each in rounds) for what in ("seconds", "peak"))
         quality = f"{_perplexity(_folder(options, code, method), text):.4f}" if text is not None else ""
         yield from _said(f"| {code} | {method} | {seconds:.1f} | {peak:.0f} | {quality} |")
+    if options.distill and text is not None:
+        quality = f"{_perplexity(_distilled(options, trained), text):.4f}"
+        yield from _said(f"| limbeck | sparsegpt, distilled for {options.distill} steps | | | {quality} |")
+
+
+def _distilled(options: argparse.Namespace, trained: Path) -> Path:
+    """What SparseGPT made, trained on the dense model's outputs; fails if a matrix lost its pattern."""
+    from limbeck.distill.settings import DistillSettings
+    from limbeck.recipes.steps import distill
+
+    teacher = load_checkpoint(trained, "text-generation")
+    pruned = transformers.AutoModelForCausalLM.from_pretrained(_folder(options, "limbeck", "sparsegpt"))
+    sparse = replace(teacher, model=pruned.float())
+    patterned = _patterned(sparse)
+    settings = DistillSettings(
+        max_steps=options.distill, batch_size=4, max_length=WINDOW, learning_rate=2e-4,
+        objectives={"logits-kl": {"weight": 1, "temperature": 1}},
+    )  # fmt: skip
+    data = teacher.read(options.data / "gutenberg" / "train.jsonl.gz")
+    student = distill(teacher, settings, data, student=sparse)
+    assert _patterned(student) == patterned != set()
+    folder = _folder(options, "limbeck", "sparsegpt-distilled")
+    student.model.save_pretrained(folder)
+    return folder
+
+
+def _patterned(checkpoint: Checkpoint) -> set[str]:
+    """The matrices that are 2:4."""
+    matrices = anatomy_of(checkpoint.model).linear_layers(checkpoint.model)
+    return {name for name, module in matrices if is_semi_structured(module.weight.detach().numpy(), axis=1)}
 
 
 def _scaling(options: argparse.Namespace) -> Iterator[str]:

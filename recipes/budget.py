@@ -167,6 +167,8 @@ class _Way:
             UsageError: the budget cannot be reached.
         """
         found = alternatives(stage.space, costs, budget)
+        if len(found) == 1:
+            return found[0]
         self.progress.say(f"comparing {len(found)} choices")
         off = distances(self.whole, [stage.cut(shapes) for shapes in found], self.held_out)
         return found[int(np.argmin(off))]

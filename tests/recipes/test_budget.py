@@ -15,6 +15,7 @@ from limbeck.exporters.settings import ExportSettings
 from limbeck.files import files_below, write_json
 from limbeck.models.checkpoint import Checkpoint, hash_of_model, load_checkpoint
 from limbeck.models.data import Data
+from limbeck.models.importance import Calibration
 from limbeck.models.shapes import shapes_of
 from limbeck.prune.budget_settings import Budget
 from limbeck.prune.costs import counted_flops
@@ -66,6 +67,24 @@ def test_a_budget_in_flops_is_kept(family: str, tiny_checkpoint: TinyCheckpoint,
     kept = {each["layer"] for each in found["layers"]}
     after = {int(each.layer.rsplit(".", 1)[1]): each.after for each in step.widths if each.unit == "channels"}
     assert {layer for layer, width in after.items() if width} == kept and set(after) == {0, 1}
+
+
+def test_the_choice_whose_answers_are_nearest_to_the_whole_models_is_taken(
+    tiny_checkpoint: TinyCheckpoint, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, data = tiny(tiny_checkpoint, rows)
+    compared: list[list[Checkpoint]] = []
+
+    def the_last_is_nearest(whole: Checkpoint, others: list[Checkpoint], looked_at: Calibration) -> list[float]:
+        assert whole is checkpoint and len(looked_at.examples) == 3  # a fifth of 16
+        compared.append(others)
+        return [float(len(others) - place) for place in range(len(others))]
+
+    monkeypatch.setattr(module, "distances", the_last_is_nearest)
+    monkeypatch.setattr(module, "ROUNDS", 1)
+    result = prune_to_budget(checkpoint, budget_of(flops=0.7, sequence_length=32), data)
+    hashes = [hash_of_model(other.model) for other in compared[-1]]
+    assert len(set(hashes)) == len(hashes) > 1 and result.hash == hashes[-1]
 
 
 def test_a_budget_in_megabytes_is_the_size_of_the_exported_weights(
