@@ -17,7 +17,6 @@ from ..models.placement import placed
 if TYPE_CHECKING:
     from ..models.importance import Calibration
 
-
 HELD_OUT, MOST_HELD_OUT = 0.2, 64
 """The share of the examples that nothing is fitted to, and how many texts are enough to judge by."""
 
@@ -57,15 +56,19 @@ def distances(whole: Checkpoint, others: Sequence[Checkpoint], looked_at: Calibr
     off, size = np.zeros(len(others)), 0.0
     for _, batch in batches_by_length(looked_at.examples, whole.tokenizer, looked_at.batch_size):
         expected = _outputs(whole, batch)
-        size += float(np.square(expected).sum())
-        off += [float(np.square(_outputs(other, batch) - expected).sum()) for other in others]
+        size += _squares(expected)
+        off += [_squares(_outputs(other, batch) - expected) for other in others]
     return [float(each) for each in off / max(size, 1e-300)]
 
 
+def _squares(values: np.ndarray) -> float:
+    return float(np.square(values).sum(dtype=np.float64))
+
+
 def _outputs(checkpoint: Checkpoint, batch: Batch) -> np.ndarray:
-    """float64 [texts or real tokens, values]."""
+    """float32 [texts or real tokens, values]."""
     outputs: Mapping[str, np.ndarray] = checkpoint.run(batch)
-    found = outputs[checkpoint.task.output].astype(np.float64)
+    found = outputs[checkpoint.task.output]
     if found.ndim == 3:
         found = found[batch["attention_mask"].bool().numpy()]
     return found - found.mean(axis=1, keepdims=True) if checkpoint.task.output == "logits" else found

@@ -148,7 +148,7 @@ def fits(module: Linear, kept: torch.Tensor, seen: Moments) -> Iterator[Fit]:
 
 
 def _set(module: Linear, fit: Fit) -> None:
-    """Give a projection these weights; it keeps their memory to itself."""
+    """Give a projection these weights, without a copy."""
     weight, bias = fit
     module.weight.data = weight.to(module.weight.device, module.weight.dtype)
     if bias is not None and module.bias is not None:
