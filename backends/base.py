@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # `limbeck backends` probes without loading torch
     import numpy as np
     import torch
 
+    from ..exporters.activation_ranges import ActivationRange
     from ..exporters.artifact import Manifest
     from ..exporters.layer_facts import ProgramFacts
     from ..exporters.options import BackendOptions
@@ -75,6 +76,21 @@ class BuildJob:
     """Where the compiler keeps the times of its kernels from one build to the next; read where there, written after."""
     progress: Progress = lambda _: None
     advance: Advance = lambda _, __: None
+
+
+def feed_of(batch: Mapping[str, torch.Tensor], inputs: Sequence[str]) -> dict[str, Any]:
+    """The inputs of a program, as NumPy arrays by name; what else is in the batch is left out.
+
+    Raises:
+        InputError: the batch lacks one.
+    """
+    for name in inputs:
+        if name not in batch:
+            raise InputError(
+                f"The program takes {name}, which the batch does not have: its tokenizer is not the model's.",
+                "Give the artifact its own tokenizer: export it again.",
+            )
+    return {name: batch[name].numpy() for name in inputs}
 
 
 class Runner(ABC):
@@ -186,6 +202,11 @@ class Backend(ABC):
         Raises:
             BackendUnavailable: the runtime or the device is not here.
         """
+        return None
+
+    def activation_ranges(self, folder: Path, manifest: Manifest) -> Iterator[ActivationRange] | None:
+        """What the inputs of its quantised products are cut to; `None`: a backend without a calibrated precision, or
+        one that cannot read them back."""
         return None
 
     def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts | None:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..environment import available_cpus, installed_version, is_importable
 from ..errors import BackendUnavailable, InputError, UsageError
-from .base import Availability, Backend, ExportJob, Runner
+from .base import Availability, Backend, ExportJob, Runner, feed_of
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from ..exporters.activation_ranges import ActivationRange
     from ..exporters.artifact import Manifest
     from ..exporters.layer_facts import ProgramFacts
     from ..exporters.options import OnnxOptions
@@ -86,7 +87,7 @@ class OnnxRunner(Runner):
         return call
 
     def _feed(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        return {name: batch[name].numpy() for name in self._inputs}
+        return feed_of(batch, self._inputs)
 
 
 class TwinRunner(OnnxRunner):
@@ -212,6 +213,12 @@ class OnnxBackend(Backend):
 
         properties = self.compile_properties(manifest)
         return showing_intermediates(folder / GRAPH_FILE, modules, manifest.settings.precision, properties)
+
+    def activation_ranges(self, folder: Path, manifest: Manifest) -> Iterator[ActivationRange]:
+        from ..exporters.activation_ranges import onnx_ranges
+        from ..exporters.onnx import GRAPH_FILE
+
+        return onnx_ranges(folder / GRAPH_FILE)
 
     def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts:
         if not is_importable("onnx"):

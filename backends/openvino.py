@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..environment import available_cpus, cache_folder, installed_version, is_importable
 from ..errors import BackendUnavailable, InputError
-from .base import Availability, Backend, ExportJob, Runner
+from .base import Availability, Backend, ExportJob, Runner, feed_of
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from ..exporters.activation_ranges import ActivationRange
     from ..exporters.artifact import Manifest
     from ..exporters.layer_facts import ProgramFacts
     from ..exporters.options import OpenVINOOptions
@@ -64,7 +65,7 @@ class OpenVINORunner(Runner):
         self.properties["threads"] = self.properties["INFERENCE_NUM_THREADS"]
 
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        feed = {name: batch[name].numpy() for name in self._inputs}
+        feed = feed_of(batch, self._inputs)
         try:
             values = self._request.infer(feed, share_inputs=True)
         except RuntimeError as error:
@@ -180,6 +181,12 @@ class OpenVINOBackend(Backend):
 
         model = openvino.Core().read_model(str(folder / GRAPH_FILE))
         return OpenVINORunner(with_intermediates(model, list(modules)), self.compile_properties(manifest))
+
+    def activation_ranges(self, folder: Path, manifest: Manifest) -> Iterator[ActivationRange]:
+        from ..exporters.activation_ranges import openvino_ranges
+        from ..exporters.openvino import GRAPH_FILE
+
+        return openvino_ranges(folder / GRAPH_FILE)
 
     def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts:
         if not is_importable("openvino"):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from ..exporters.activation_ranges import ActivationRange
     from ..exporters.artifact import Manifest
     from ..exporters.layer_facts import ProgramFacts
     from ..exporters.options import TensorRTOptions
@@ -164,6 +165,14 @@ class TensorRTBackend(Backend):
         from .onnx import showing_intermediates
 
         return showing_intermediates(folder / GRAPH_FILE, modules, manifest.settings.precision)
+
+    def activation_ranges(self, folder: Path, manifest: Manifest) -> Iterator[ActivationRange] | None:
+        if manifest.format != KIT:
+            return None
+        from ..exporters.activation_ranges import onnx_ranges
+        from ..exporters.onnx import GRAPH_FILE
+
+        return onnx_ranges(folder / GRAPH_FILE)
 
     def program_facts(self, folder: Path, manifest: Manifest, batch: int, sequence: int) -> ProgramFacts | None:
         if manifest.format != KIT:

@@ -28,6 +28,7 @@ VERBS = {
     "export": "Compile a model for a backend, and check what was compiled.",
     "build": "Turn a TensorRT kit into an engine, on the GPU it is for.",
     "inspect": "Show what a checkpoint or an artifact is.",
+    "verify": "Check what an artifact's files prove, without running it.",
     "validate": "Hold artifacts against their teacher and write a report.",
     "bisect": "Find the module where an artifact parts from its model.",
     "bench": "Time models and artifacts side by side.",

@@ -275,7 +275,7 @@ def _quantised_weight(operation: Any, weight: Any) -> tuple[np.ndarray, np.ndarr
     values, step = _evaluate(weight)
     step = np.broadcast_to(step, values.shape)
     if operation.get_type_name() == "MatMul":
-        smoothing = _smoothing_of(operation.input_value(0).get_node())
+        smoothing = smoothing_of(operation.input_value(0).get_node())
         if not operation.get_attributes()["transpose_b"]:
             values, step = values.T, step.T
         if smoothing is not None:
@@ -283,7 +283,7 @@ def _quantised_weight(operation: Any, weight: Any) -> tuple[np.ndarray, np.ndarr
     return values, step
 
 
-def _smoothing_of(node: Any) -> np.ndarray | None:
+def smoothing_of(node: Any) -> np.ndarray | None:
     """The factor per input channel by which the activation is multiplied before the product, if it is."""
     if node.get_type_name() == "FakeQuantize":
         node = node.input_value(0).get_node()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..distill.settings import DistillSettings
 from ..distill.student import draw_student
 from ..distill.trainer import Evaluation
 from ..environment import facts
-from ..errors import UsageError, did_you_mean
+from ..errors import InputError, UsageError, did_you_mean
 from ..exporters.artifact import Manifest, open_artifact, read_manifest
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
@@ -29,6 +30,7 @@ from ..prune.settings import PruneSettings
 from ..prune.sparsify_settings import SparsifySettings
 from ..validate.attribution import AttributionAsked, Measured, Progressing, attribute
 from ..validate.baseline import Monitoring
+from ..validate.checks import examine, subject_of
 from ..validate.gates import apply_gates
 from ..validate.generation import check_prompts, set_generation
 from ..validate.harness import HarnessAsked, open_harness
@@ -38,8 +40,10 @@ from ..validate.loadgen import require_loadgen
 from ..validate.measurement import (
     Standard,
     check_overlap,
+    describe_artifact,
     describe_teacher,
     measure_artifact,
+    require_same_task,
     score_checkpoint,
     set_standard,
 )
@@ -52,10 +56,11 @@ from ..validate.slices import SlicesAsked, check_builtin, with_slices
 from .building import build, export_for_device
 from .exporting import export
 from .progress import SILENT, Progress
+from .verifying import verify
 
 __all__ = [
     "bench", "build", "command_line", "distill", "evaluation_on", "export", "export_for_device", "prune",
-    "sparsification", "validate",
+    "sparsification", "validate", "verify",
 ]  # fmt: skip
 
 _ATTRIBUTED = AttributionAsked()
@@ -185,15 +190,20 @@ def validate(
     monitoring = Monitoring(standard)
     standard = replace(standard, observers=tuple(filter(None, (monitoring, texts, tasks))))
     measured = [
-        _measured(name, folder, standard, data, slices, name in baselines, progress)
+        _measured(name, folder, standard, slices, attribution, name in baselines, progress)
         for name, folder in artifacts.items()
     ]
+    runnable = {item.candidate.name: item for item in measured if item.answers}
     candidates = [item.candidate for item in measured]
     if attribution is not None:
-        candidates = attribute(measured, standard, attribution, Progressing(progress.say, progress.advance))
+        told = Progressing(progress.say, progress.advance)
+        attributed = attribute(list(runnable.values()), standard, attribution, told)
+        found = {candidate.name: candidate for candidate in attributed}
+        candidates = [found.get(candidate.name, candidate) for candidate in candidates]
     described, timed = describe_teacher(teacher), None
     if latency is not None:
-        described, candidates, timed = _timed(teacher, described, candidates, artifacts, opened, latency, progress)
+        timeable = {name: folder for name, folder in artifacts.items() if name in runnable}
+        described, candidates, timed = _timed(teacher, described, candidates, timeable, opened, latency, progress)
     newest = max(opened.values(), key=lambda manifest: len(manifest.lineage.steps))
     report = Report(
         kind="validation",
@@ -208,7 +218,7 @@ def validate(
             f"{Path(rows.source).name}{where}: {len(rows)} rows, fingerprint {rows.fingerprint[:16]}"
             for where, rows in _measured_rows(data, slices).items()
         ],
-        notes=[*_notes(opened), *_temperatures(candidates)],
+        notes=[*_notes(opened), *_unchecked(measured), *_temperatures(candidates)],
         monitoring=monitoring.baseline({name: manifest.artifact_id for name, manifest in opened.items()}),
         **(_of_the_bench(timed) if timed else {}),
     )
@@ -221,20 +231,28 @@ def command_line() -> str:
 
 
 def _measured(
-    name: str, folder: Path, standard: Standard, data: Data, slices: SlicesAsked, baseline: bool, progress: Progress
-) -> Measured:
-    """One artifact, loaded, measured and freed."""
-    progress.say(name)
+    name: str, folder: Path, standard: Standard, slices: SlicesAsked, attribution: AttributionAsked | None,
+    baseline: bool, progress: Progress,
+) -> Measured:  # fmt: skip
+    """One artifact, loaded, checked, measured and freed; without answers where a check says why it gives none."""
     runner, manifest = load_runner(folder)
-    try:
-        candidate, answers = measure_artifact(name, folder, manifest, runner, standard, progress.advance)
-    finally:
-        runner.close()
+    require_same_task(folder, manifest, standard.teacher)
+    given = attribution.student if attribution is not None else None
+    with closing(runner):
+        progress.say(f"checking {name}")
+        examined = examine(subject_of(folder, manifest, runner, standard, at_hand=given))
+        progress.say(name)
+        try:
+            candidate, answers = measure_artifact(name, folder, manifest, runner, standard, progress.advance)
+        except InputError:
+            if examined.passed:
+                raise
+            candidate, answers = describe_artifact(name, folder, manifest), {}
     seen = _training_rows(folder)
-    unseen = [check_overlap(rows, seen, where) for where, rows in _measured_rows(data, slices).items()]
-    more = {"checks": [*candidate.checks, *unseen], "baseline": baseline}
+    unseen = [check_overlap(rows, seen, where) for where, rows in _measured_rows(standard.data, slices).items()]
+    more = {"checks": [*examined.beside(candidate.checks), *unseen], "baseline": baseline}
     runtime = runner.properties.get("runtime", manifest.format)
-    return Measured(candidate.model_copy(update=more), folder, manifest, answers, runtime)
+    return Measured(candidate.model_copy(update=more), folder, manifest, answers, runtime, examined.notes)
 
 
 def _measured_rows(data: Data, slices: SlicesAsked) -> dict[str, Data]:
@@ -250,6 +268,10 @@ def _training_rows(folder: Path) -> set[str]:
 def _notes(opened: dict[str, Manifest]) -> list[str]:
     unverified = [f"{name}: {manifest.unverified}." for name, manifest in opened.items() if manifest.unverified]
     return unverified + [f"{name}: {said}." for name, manifest in opened.items() for said in manifest.caveats]
+
+
+def _unchecked(measured: Sequence[Measured]) -> list[str]:
+    return [f"{item.candidate.name}: {said}" for item in measured for said in item.unchecked]
 
 
 def _temperatures(candidates: Sequence[Candidate]) -> list[str]:

@@ -132,6 +132,7 @@ TEXTS = [
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", metavar="FILE", help="export every cell of test_matrix.py and write the table there")
+    parser.addoption("--faults", metavar="FILE", help="write the table of planted faults and what caught them there")
 
 
 def pytest_sessionstart() -> None:

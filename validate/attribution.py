@@ -60,7 +60,10 @@ class Measured:
     folder: Path
     manifest: Manifest
     answers: Predictions
+    """Empty where it could not be run."""
     runtime: str
+    unchecked: Sequence[str] = ()
+    """What could not be checked of it, and why."""
 
 
 @dataclass(frozen=True)

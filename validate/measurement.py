@@ -152,20 +152,21 @@ def scores_of(answers: Predictions, standard: Standard) -> dict[str, float]:
     )
 
 
-def measure_artifact(
-    name: str, folder: Path, manifest: Manifest, run: Run, standard: Standard, progress: Progress
-) -> tuple[Candidate, Predictions]:
-    """A compiled artifact, run with the tokenizer that it ships, and what it answers.
+def require_same_task(folder: Path, manifest: Manifest, teacher: Checkpoint) -> None:
+    """Refuse an artifact that serves another task than its teacher.
 
     Raises:
-        InputError: it serves another task than the teacher.
+        InputError: it does.
     """
-    if manifest.task != standard.teacher.task.name:
+    if manifest.task != teacher.task.name:
         raise InputError(
-            f"{folder} is for {manifest.task}, and the teacher is for {standard.teacher.task.name}: "
-            "they cannot be compared."
+            f"{folder} is for {manifest.task}, and the teacher is for {teacher.task.name}: they cannot be compared."
         )
-    candidate = Candidate(
+
+
+def describe_artifact(name: str, folder: Path, manifest: Manifest) -> Candidate:
+    """A compiled artifact as its folder describes it, before anything is run."""
+    record = Candidate(
         name=name,
         kind="artifact",
         backend=manifest.format,
@@ -178,9 +179,22 @@ def measure_artifact(
         unverified=manifest.unverified,
         checks=[Check(**check.model_dump()) for check in manifest.checks],
     )
+    return record.model_copy(update={"metrics": [_size_metric(record)]})
+
+
+def measure_artifact(
+    name: str, folder: Path, manifest: Manifest, run: Run, standard: Standard, progress: Progress
+) -> tuple[Candidate, Predictions]:
+    """A compiled artifact, run with the tokenizer that it ships, and what it answers.
+
+    Raises:
+        InputError: it serves another task than the teacher.
+    """
+    require_same_task(folder, manifest, standard.teacher)
+    record = describe_artifact(name, folder, manifest)
     asked = _Asked(run, load_tokenizer(folder), manifest.max_length, standard, progress)
-    candidate, answers = _with_quality(candidate, asked, standard)
-    return candidate.model_copy(update={"metrics": [*candidate.metrics, _size_metric(candidate)]}), answers
+    candidate, answers = _with_quality(record, asked, standard)
+    return candidate.model_copy(update={"metrics": [*candidate.metrics, *record.metrics]}), answers
 
 
 def measure_checkpoint(name: str, checkpoint: Checkpoint, standard: Standard, progress: Progress) -> Candidate:

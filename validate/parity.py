@@ -85,7 +85,7 @@ def _largest(known: list[tuple[str, Batch, Mapping[str, np.ndarray]]]) -> dict[s
     scales: dict[str, float] = {}
     for _, batch, expected in known:
         for name, values in expected.items():
-            scales[name] = max(scales.get(name, 0.0), float(np.max(np.abs(_without_padding(values, batch)))))
+            scales[name] = max(scales.get(name, 0.0), float(np.max(np.abs(without_padding(values, batch)))))
     return scales
 
 
@@ -101,7 +101,7 @@ def _compare(
     if found is None or found.shape != expected.shape:
         what = "missing" if found is None else f"of shape {found.shape} instead of {expected.shape}"
         return Difference(f"{name} ({what})", shape, np.inf, np.inf, 0.0, False)
-    found, expected = _without_padding(found, batch), _without_padding(expected, batch)
+    found, expected = without_padding(found, batch), without_padding(expected, batch)
     largest = float(np.max(np.abs(found - expected)))
     relative = largest / scale if scale > 0 else largest
     lengths = float(np.linalg.norm(found) * np.linalg.norm(expected))
@@ -109,7 +109,7 @@ def _compare(
     return Difference(name, shape, largest, relative, cosine, bool(relative <= tolerance))
 
 
-def _without_padding(values: np.ndarray, batch: Batch) -> np.ndarray:
+def without_padding(values: np.ndarray, batch: Batch) -> np.ndarray:
     """Outputs per token at real tokens only: what a program computes for padding does not matter."""
     mask = batch["attention_mask"].numpy().astype(bool)
     return values[mask] if values.ndim >= 3 and values.shape[:2] == mask.shape else values

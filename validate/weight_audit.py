@@ -59,6 +59,11 @@ def _detail(wrong: list[dict[str, str | float | int | bool]], compared: int) -> 
     return f"{first['weight']}: {first['problem']} ({len(wrong)} weights are wrong)"
 
 
+def same_weight(weight: ProgramWeight, expected: np.ndarray) -> bool:
+    """Whether a program's weight is this parameter, float32, within the rounding that its storage explains."""
+    return _beyond_rounding(weight, expected) is None
+
+
 def _beyond_rounding(weight: ProgramWeight, expected: np.ndarray) -> str | None:
     values = weight.values.reshape(expected.shape) if weight.values.size == expected.size else weight.values
     if values.shape != expected.shape:
