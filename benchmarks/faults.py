@@ -27,7 +27,7 @@ from limbeck.models.batching import Batch
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint
 from limbeck.models.data import Data
 from limbeck.recipes import exporting
-from limbeck.recipes.steps import export, validate
+from limbeck.recipes.steps import ValidationAsked, export, validate
 from limbeck.validate.report import Gate, Report
 
 ROWS = 100
@@ -73,7 +73,7 @@ def false_alarms(teacher: Checkpoint, data: Data, calibration: Data, out: Path, 
         drawn = np.random.default_rng(run).choice(len(data), ROWS, replace=False)
         rows = replace(data, rows=data.rows.select(drawn.tolist()))
         began = time.perf_counter()
-        report = validate({artifact.name: artifact}, teacher, rows, gates=[GATE])
+        report = validate({artifact.name: artifact}, teacher, rows, ValidationAsked(gates=[GATE]))
         seconds.append(time.perf_counter() - began)
         verdicts[str(report.verdict)] += 1
         if report.verdict == "fail":

@@ -97,7 +97,7 @@ def command(
     with working() as progress:
         progress.say("loading")
         from ..models.checkpoint import load_checkpoint
-        from ..recipes.steps import validate
+        from ..recipes.steps import ValidationAsked, validate
         from ..validate.attribution import AttributionAsked
         from ..validate.harness import HarnessAsked
         from ..validate.latency import BenchSettings
@@ -118,10 +118,11 @@ def command(
         )
         harness = HarnessAsked(_names(tasks), Path(harness_tasks) if harness_tasks else None, samples)
         given = load_checkpoint(student, loaded.task.name, trust_remote_code) if student is not None else None
-        report = validate(
-            folders, loaded, rows, gates=limits, latency=timing, slices=slices, generation=generation,
-            harness=harness, attribution=AttributionAsked(given) if attribution else None, progress=progress,
+        asked = ValidationAsked(
+            gates=limits, latency=timing, slices=slices, generation=generation, harness=harness,
+            attribution=AttributionAsked(given) if attribution else None,
         )  # fmt: skip
+        report = validate(folders, loaded, rows, asked, progress)
         with staged_folder(Path(out), overwrite) as staging:
             write_report(report, staging)
     if as_json:

@@ -277,16 +277,18 @@ class RecipeRun:
     def _measure(self, folders: Mapping[str, Path], folder: Path) -> None:
         from ..validate.latency import BenchSettings
         from ..validate.report import save_report
-        from .steps import validate
+        from .steps import ValidationAsked, validate
 
         report = validate(
             {export.name: folders[export.name] for export in self.recipe.exports},
             self._checkpoint("teacher", folders),
             self._data(self.recipe.data.validation),
-            latency=BenchSettings(**self.recipe.bench.model_dump()),
-            baselines=[export.name for export in self.recipe.exports if export.baseline],
-            slices=self._slices(),
-            progress=self.progress,
+            ValidationAsked(
+                latency=BenchSettings(**self.recipe.bench.model_dump()),
+                baselines=[export.name for export in self.recipe.exports if export.baseline],
+                slices=self._slices(),
+            ),
+            self.progress,
         )
         with staged_folder(folder) as staging:
             save_report(report, staging)

@@ -26,6 +26,7 @@ from ..exporters.settings import QUANTISED, Precision
 from ..models.batching import Examples, Run
 from ..models.checkpoint import Checkpoint, load_tokenizer
 from .bisect import Program, first_difference
+from .checks.weights import WeightAudit
 from .comparison import chosen_metric, paired_difference
 from .headline import higher_is_better
 from .measurement import Standard, examples_for, quality_of
@@ -158,9 +159,6 @@ class _Between:
         program = _Stop(_program(item), item.answers, tokens, TOLERANCES[item.manifest.settings.precision])
         if self._student is None:
             return [_noted(program, f"student and graph are not at hand: {self._missing}")]
-        backend = backend_of_format(item.manifest.format)
-        audit = _audit(backend, item.folder, item.manifest, self._student)
-        program = replace(program, waypoint=program.waypoint.model_copy(update={"audit": audit}))
         if self._eager is None:
             self._eager = self._run_student(self._student)
         try:
@@ -235,7 +233,8 @@ def _teacher_stop(standard: Standard) -> _Stop:
 def _program(item: Measured) -> Waypoint:
     figures = [metric for metric in item.candidate.metrics if metric.data is not None]
     precision: Precision = item.manifest.settings.precision
-    return Waypoint(name="program", runtime=item.runtime, precision=precision, metrics=figures)
+    audit = next((check for check in item.candidate.checks if check.name == WeightAudit.name), None)
+    return Waypoint(name="program", runtime=item.runtime, precision=precision, metrics=figures, audit=audit)
 
 
 def _audit(backend: Backend, folder: Path, manifest: Manifest, student: Checkpoint) -> Check | None:
@@ -367,6 +366,6 @@ def _checks(waypoint: Waypoint, before: Point) -> list[Check]:
             f"explains {parity.tolerance:g}"
         )
         found.append(Check(name=f"parity, {before} to {waypoint.name}", passed=parity.passed, detail=detail))
-    if audit is not None:
+    if audit is not None and waypoint.name == "graph":  # the program's is among the candidate's checks already
         found.append(audit.model_copy(update={"name": f"weights of {name}"}))
     return found

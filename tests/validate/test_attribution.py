@@ -20,7 +20,7 @@ from limbeck.exporters.settings import ExportSettings, ShapeRange
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint
 from limbeck.models.lineage import Step
 from limbeck.recipes.exporting import export
-from limbeck.recipes.steps import validate
+from limbeck.recipes.steps import ValidationAsked, validate
 from limbeck.validate import reference
 from limbeck.validate.attribution import AttributionAsked
 from limbeck.validate.reference import reference_graph
@@ -55,7 +55,7 @@ class Scene:
         return load_checkpoint(self.student_folder, TASK)
 
     def report(self, artifact: Path, **asked: Any) -> Report:
-        return validate({"artifact": artifact}, self.teacher, self.data, **asked)
+        return validate({"artifact": artifact}, self.teacher, self.data, ValidationAsked(**asked))
 
     def planted(self, folder: Path, change: Callable[[onnx_ir.Graph], None]) -> Candidate:
         """The program changed before its manifest was written."""
@@ -112,7 +112,7 @@ def test_a_changed_weight_is_named_at_its_step(scene: Scene, tmp_path: Path) -> 
         value.const_value = onnx_ir.Tensor(value.const_value.numpy() * 1.02, name=value.name)
 
     found = failed(scene.planted(tmp_path / "planted", other))
-    assert "bert.encoder.layer.0.attention.self.query.weight" in found["weights of the compiled program"]
+    assert "bert.encoder.layer.0.attention.self.query.weight" in found["weight audit"]
     assert "they part first at bert.encoder.layer.0.attention.self.query" in found["parity, graph to program"]
     assert not any("exported graph" in name or "student to graph" in name for name in found)
 
@@ -123,7 +123,7 @@ def test_an_epsilon_that_no_weight_shows_is_named_by_parity(scene: Scene, tmp_pa
         norm.attributes["epsilon"] = onnx_ir.AttrFloat32("epsilon", 1e-2)
 
     found = failed(scene.planted(tmp_path / "planted", large))
-    assert list(found) == ["parity, graph to program"]
+    assert list(found) == ["parity", "parity, graph to program"]
     assert f"they part first at {NORM} (" in found["parity, graph to program"]
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from limbeck.errors import InputError
 from limbeck.recipes.schema import Recipe
-from limbeck.recipes.steps import validate
+from limbeck.recipes.steps import ValidationAsked, validate
 from limbeck.validate.gates import apply_gates
 from limbeck.validate.rendering import render_html, render_markdown
 from limbeck.validate.report import Candidate, Gate, GateResult, Latency, Metric, Report, Slice
@@ -178,7 +178,7 @@ def test_a_missing_reference_is_an_error_that_says_what_there_is() -> None:
 def test_a_validation_refuses_such_a_gate_before_it_measures_anything() -> None:
     unread: Any = None  # neither artifact, teacher nor data is looked at
     with pytest.raises(InputError, match="previous release, whose report was not given"):
-        validate({"a": Path("there-is-none")}, unread, unread, gates=[gate("previous", min=1)])
+        validate({"a": Path("there-is-none")}, unread, unread, ValidationAsked(gates=[gate("previous", min=1)]))
 
 
 @pytest.mark.parametrize(("reference", "said"), [(0.0, "a ratio means nothing"), (-0.1, "a ratio means nothing"),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import psutil
-
-from ...environment import available_cpus
+from ...environment import available_cores, available_cpus
 from ..report import Check
 from .base import Subject, SubjectCheck
 
@@ -21,8 +19,7 @@ class Threads(SubjectCheck):
         told = subject.runner.properties.get("threads", "") if subject.runner is not None else ""
         if not told.isdecimal():
             return None
-        threads, cpus = int(told), available_cpus()
-        cores = min(psutil.cpu_count(logical=False) or cpus, cpus)
+        threads, cpus, cores = int(told), available_cpus(), available_cores()
         if threads > cpus:
             return self._slow(threads, cpus, "threads wait for one another")
         if threads < cores and (threads == 1 or 2 * threads < cores):

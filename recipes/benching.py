@@ -1,0 +1,130 @@
+"""Checkpoints and artifacts timed side by side, on their own or beside what a validation has measured."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ..environment import facts
+from ..exporters.artifact import read_manifest
+from ..models.checkpoint import Checkpoint
+from ..validate.latency import BenchResult, BenchSettings, BenchSubject
+from ..validate.latency import bench as time_side_by_side
+from ..validate.loadgen import require_loadgen
+from ..validate.performance import Noise
+from ..validate.performance_metrics import with_latency, with_scenarios
+from ..validate.report import Candidate, Report
+from ..validate.scenarios import ScenarioSettings, run_scenarios
+from .progress import SILENT, Progress
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A teacher and candidates, with their times where they were taken, and what a bench says once: how noisy it was,
+    and by what energy was measured or why not."""
+
+    teacher: Candidate
+    candidates: list[Candidate]
+    noise: Noise | None = None
+    energy: str | None = None
+
+
+def timed_beside(
+    teacher: Checkpoint,
+    untimed: Timed,
+    artifacts: Mapping[str, Path],
+    settings: BenchSettings,
+    progress: Progress = SILENT,
+) -> Timed:
+    """The same with the times of the teacher (eager torch) and of these artifacts, taken in turn."""
+    subjects = [BenchSubject(name="teacher", path=Path(teacher.source), kind="checkpoint", task=teacher.task.name)]
+    subjects += [BenchSubject(name=name, path=folder, kind="artifact") for name, folder in artifacts.items()]
+    results = {result.subject.name: result for result in time_side_by_side(subjects, settings, progress.say)}
+    first = results["teacher"]
+    candidates = [
+        with_latency(candidate, results[candidate.name], first) if candidate.name in results else candidate
+        for candidate in untimed.candidates
+    ]
+    return Timed(with_latency(untimed.teacher, first, None), candidates, first.noise, _energy(first))
+
+
+def bench(
+    subjects: dict[str, Path],
+    settings: BenchSettings,
+    *,
+    scenarios: ScenarioSettings | None = None,
+    task: str | None = None,
+    progress: Progress = SILENT,
+) -> Report:
+    """Time checkpoints (eager torch) and artifacts side by side, ratios to the first; then, one after the other, in the
+    scenarios of MLPerf that are asked for.
+
+    Raises:
+        InputError: a path that is neither.
+        BackendUnavailable: scenarios without LoadGen.
+    """
+    if scenarios is not None:
+        require_loadgen()  # before anything is timed
+    listed = [
+        BenchSubject(name=name, path=path, kind="artifact" if (path / "manifest.json").exists() else "checkpoint",
+                     task=task if not (path / "manifest.json").exists() else None)
+        for name, path in subjects.items()
+    ]  # fmt: skip
+    results = time_side_by_side(listed, settings, progress.say)
+    candidates = [
+        with_latency(_bare_candidate(result), result, results[0] if result is not results[0] else None)
+        for result in results
+    ]
+    if scenarios is not None:
+        candidates = [
+            with_scenarios(candidate, run_scenarios(subject, scenarios, settings, progress.say))
+            for candidate, subject in zip(candidates, listed, strict=True)
+        ]
+    return Report(
+        kind="benchmark",
+        title=" against ".join(subjects),
+        created=now(),
+        command=command_line(),
+        candidates=candidates,
+        environment=facts(),
+        noise=results[0].noise,
+        energy=_energy(results[0]),
+    )
+
+
+def _energy(first: BenchResult) -> str:
+    if first.meter:
+        return f"Energy was measured by {first.meter}."
+    return f"Energy is not measurable here: {first.no_meter}."
+
+
+def _bare_candidate(result: BenchResult) -> Candidate:
+    subject = result.subject
+    if subject.kind == "checkpoint":
+        return Candidate(
+            name=subject.name, kind="checkpoint", backend="torch", precision="fp32", path=subject.path.name
+        )
+    manifest = read_manifest(subject.path)
+    return Candidate(
+        name=subject.name,
+        kind="artifact",
+        backend=manifest.format,
+        precision=manifest.settings.precision,
+        path=subject.path.name,
+        artifact_id=manifest.artifact_id,
+        parameters=manifest.parameters,
+    )
+
+
+def command_line() -> str:
+    """What was typed, for the record."""
+    return " ".join(["limbeck", *(shlex.quote(word) for word in sys.argv[1:])])
+
+
+def now() -> str:
+    """This second, ISO 8601 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,197 @@
+"""Artifacts held against their teacher: checked, measured on the same examples, attributed, timed and gated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ..backends.registry import load_runner
+from ..environment import facts
+from ..errors import InputError
+from ..exporters.artifact import Manifest, open_artifact
+from ..models.checkpoint import Checkpoint
+from ..models.data import Data
+from ..models.lineage import read_training_rows
+from ..validate.attribution import AttributionAsked, Measured, Progressing, attribute
+from ..validate.baseline import Monitoring
+from ..validate.checks import examine, subject_of
+from ..validate.gates import apply_gates
+from ..validate.generation import check_prompts, set_generation
+from ..validate.harness import HarnessAsked, open_harness
+from ..validate.latency import BenchSettings
+from ..validate.measurement import (
+    Standard,
+    check_overlap,
+    describe_artifact,
+    describe_teacher,
+    measure_artifact,
+    require_same_task,
+    set_standard,
+)
+from ..validate.relative import check_references
+from ..validate.report import Candidate, Gate, Report
+from ..validate.slices import SlicesAsked, check_builtin, with_slices
+from .benching import Timed, command_line, now, timed_beside
+from .progress import SILENT, Progress
+
+
+@dataclass(frozen=True)
+class ValidationAsked:
+    """What to look at beside quality on the rows as they are."""
+
+    gates: Sequence[Gate] = ()
+    latency: BenchSettings | None = None
+    """How teacher and artifacts are timed side by side; they are not when not given."""
+    baselines: Sequence[str] = ()
+    """Artifacts that are measured for comparison only: gates do not look at them."""
+    slices: SlicesAsked = field(default_factory=SlicesAsked)
+    """Parts of the rows, and rows beside them, to measure each on its own as well."""
+    generation: int | None = None
+    """Prompts whose greedy text is compared, where the task is to write; 20 when not given."""
+    harness: HarnessAsked = field(default_factory=HarnessAsked)
+    """Tasks of the lm-evaluation-harness to run teacher and artifacts on."""
+    attribution: AttributionAsked | None = field(default_factory=AttributionAsked)
+    """Measure the points between teacher and artifacts too: their students, and those exported."""
+
+
+def validate(
+    artifacts: Mapping[str, Path],
+    teacher: Checkpoint,
+    data: Data,
+    asked: ValidationAsked | None = None,
+    progress: Progress = SILENT,
+) -> Report:
+    """Hold compiled artifacts against their teacher on the same examples.
+
+    Args:
+        artifacts: name in the report to artifact folder.
+
+    Raises:
+        InputError: an artifact of another task, data without what the task needs, or a gate that holds nothing.
+        IntegrityError: an artifact whose files are not those of its manifest.
+        UsageError: slices or prompts that the task cannot have.
+    """
+    asked = asked or ValidationAsked()
+    check_references(asked.gates, previous_given=False)
+    check_builtin(asked.slices.builtin, teacher.task.name)
+    check_prompts(asked.generation, teacher.task.name)
+    opened = {name: open_artifact(folder) for name, folder in artifacts.items()}
+    if asked.attribution is not None:
+        asked.attribution.check(opened)
+    report = _Validation(dict(artifacts), opened, asked, progress).report(teacher, data)
+    return report.model_copy(update={"gates": apply_gates(report, asked.gates)}) if asked.gates else report
+
+
+@dataclass(frozen=True)
+class _Validation:
+    """One validation of opened artifacts."""
+
+    artifacts: dict[str, Path]
+    opened: dict[str, Manifest]
+    asked: ValidationAsked
+    progress: Progress
+
+    def report(self, teacher: Checkpoint, data: Data) -> Report:
+        standard, monitoring = self._standard(teacher, data)
+        measured = [self._measured(name, folder, standard) for name, folder in self.artifacts.items()]
+        candidates = self._attributed(measured, standard)
+        timed = self._timed(teacher, describe_teacher(teacher), candidates, measured)
+        newest = max(self.opened.values(), key=lambda manifest: len(manifest.lineage.steps))
+        return Report(
+            kind="validation",
+            title=f"{', '.join(self.artifacts)} against {teacher.lineage.origin}",
+            created=now(),
+            command=command_line(),
+            teacher=timed.teacher,
+            candidates=timed.candidates,
+            steps=newest.lineage.steps,
+            environment=facts(),
+            data=[
+                f"{Path(rows.source).name}{where}: {len(rows)} rows, fingerprint {rows.fingerprint[:16]}"
+                for where, rows in self._rows(data).items()
+            ],
+            notes=[*_notes(self.opened), *_unchecked(measured), *_temperatures(candidates)],
+            monitoring=monitoring.baseline({name: manifest.artifact_id for name, manifest in self.opened.items()}),
+            noise=timed.noise,
+            energy=timed.energy,
+        )
+
+    def _standard(self, teacher: Checkpoint, data: Data) -> tuple[Standard, Monitoring]:
+        """The teacher's own answers to everything that candidates will be asked."""
+        asked, progress, tasks = self.asked, self.progress, None
+        if asked.harness.tasks:
+            progress.say("teacher, on the harness's tasks")
+            tasks = open_harness(asked.harness, teacher, progress.advance)
+        progress.say("teacher")
+        limit = min([teacher.max_length, *(manifest.max_length for manifest in self.opened.values())])
+        same_windows = limit if teacher.task.name == "text-generation" else None
+        standard = set_standard(teacher, data, max_length=same_windows, progress=progress.advance)
+        standard = with_slices(standard, asked.slices, limit, progress.advance)
+        texts, monitoring = set_generation(standard, asked.generation, limit), Monitoring(standard)
+        return replace(standard, observers=tuple(filter(None, (monitoring, texts, tasks)))), monitoring
+
+    def _measured(self, name: str, folder: Path, standard: Standard) -> Measured:
+        """One artifact, loaded, checked, measured and freed; without answers where a check says why it gives none."""
+        runner, manifest = load_runner(folder)
+        require_same_task(folder, manifest, standard.teacher)
+        given = self.asked.attribution.student if self.asked.attribution is not None else None
+        with closing(runner):
+            self.progress.say(f"checking {name}")
+            examined = examine(subject_of(folder, manifest, runner, standard, at_hand=given))
+            self.progress.say(name)
+            try:
+                candidate, answers = measure_artifact(name, folder, manifest, runner, standard, self.progress.advance)
+            except InputError:
+                if examined.passed:
+                    raise
+                candidate, answers = describe_artifact(name, folder, manifest), {}
+        seen = {row for rows in read_training_rows(folder).values() for row in rows}
+        unseen = [check_overlap(rows, seen, where) for where, rows in self._rows(standard.data).items()]
+        checks = [*examined.beside(candidate.checks), *unseen]
+        candidate = candidate.model_copy(update={"checks": checks, "baseline": name in self.asked.baselines})
+        runtime = runner.properties.get("runtime", manifest.format)
+        return Measured(candidate, folder, manifest, answers, runtime, examined.notes)
+
+    def _rows(self, data: Data) -> dict[str, Data]:
+        """The rows of the whole, then those of slices that have their own, by what is said after their file's name."""
+        slices = self.asked.slices
+        own = {**slices.files, **{name: pairs.data for name, pairs in slices.pairs.items()}}
+        return {"": data, **{f", slice {name}": rows for name, rows in own.items()}}
+
+    def _attributed(self, measured: Sequence[Measured], standard: Standard) -> list[Candidate]:
+        candidates = [item.candidate for item in measured]
+        if self.asked.attribution is None:
+            return candidates
+        told = Progressing(self.progress.say, self.progress.advance)
+        runnable = [item for item in measured if item.answers]
+        found = {item.name: item for item in attribute(runnable, standard, self.asked.attribution, told)}
+        return [found.get(candidate.name, candidate) for candidate in candidates]
+
+    def _timed(
+        self, teacher: Checkpoint, described: Candidate, candidates: list[Candidate], measured: Sequence[Measured]
+    ) -> Timed:
+        """A kit is left out: its device is elsewhere, and its graph's time here would say nothing."""
+        if self.asked.latency is None:
+            return Timed(described, candidates)
+        runnable = {item.candidate.name for item in measured if item.answers}
+        timeable = {
+            name: self.artifacts[name]
+            for name, manifest in self.opened.items()
+            if name in runnable and not (manifest.is_kit or manifest.stand_in)
+        }
+        return timed_beside(teacher, Timed(described, candidates), timeable, self.asked.latency, self.progress)
+
+
+def _notes(opened: Mapping[str, Manifest]) -> list[str]:
+    unverified = [f"{name}: {manifest.unverified}." for name, manifest in opened.items() if manifest.unverified]
+    return unverified + [f"{name}: {said}." for name, manifest in opened.items() for said in manifest.caveats]
+
+
+def _unchecked(measured: Sequence[Measured]) -> list[str]:
+    return [f"{item.candidate.name}: {said}" for item in measured for said in item.unchecked]
+
+
+def _temperatures(candidates: Sequence[Candidate]) -> list[str]:
+    return [f"{item.name}: {item.temperature.in_words}" for item in candidates if item.temperature]
