@@ -87,7 +87,7 @@ def command(
     from ..errors import UsageError
     from ..exporters.settings import ExportSettings, ShapeRange
     from ..files import check_output_folder
-    from .console import done, print_json, show, working
+    from .console import print_json, show, working
     from .summary import artifact_summary, precision_table
 
     automatic = precision == "auto"
@@ -126,6 +126,13 @@ def command(
         print_json(artifact_summary(manifest, Path(out)))
     elif automatic:
         show(precision_table(manifest))
+    _tell(manifest, backend, out)
+
+
+def _tell(manifest: Manifest, backend: str, out: str) -> None:
+    """What was proven, what was not, and what to mind."""
+    from .console import done
+
     for check in manifest.checks:
         done(f"{check.name}: {check.detail}.")
     if manifest.unverified:

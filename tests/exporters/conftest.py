@@ -1,5 +1,6 @@
-"""Tiny models whose tokenizers onnxruntime-extensions reads as transformers does, as it does not the tokenizers of
-`tiny_checkpoint`: it spells words with unknown characters in part, and puts no space before a text."""
+"""A model under a licence of its own; and tiny models whose tokenizers onnxruntime-extensions reads as transformers
+does, as it does not those of `tiny_checkpoint`: it spells words with unknown characters in part, and puts no space
+before a text."""
 
 from __future__ import annotations
 
@@ -12,6 +13,28 @@ import pytest
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
+
+LICENSED = """---
+license: other
+license_name: kitchen-1.0
+license_link: LICENSE
+language: [en]
+base_model: somebody/kettle
+datasets: [tea]
+pipeline_tag: sentence-similarity
+---
+# Kettle
+"""
+
+
+@pytest.fixture
+def licensed(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    folder = tmp_path / "kettle"
+    shutil.copytree(tiny_checkpoint("bert"), folder)
+    (folder / "README.md").write_text(LICENSED)
+    (folder / "LICENSE").write_bytes(b"Boil before use.\r\n")
+    (folder / "NOTICE.txt").write_text("Kettles by Somebody.\n")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import limbeck
 from limbeck.backends.registry import load_runner
-from limbeck.errors import InputError, IntegrityError
+from limbeck.errors import IntegrityError
 from limbeck.exporters.artifact import Manifest, open_artifact
 from limbeck.exporters.model_card import write_model_card
 from limbeck.exporters.settings import ExportSettings, ShapeRange
@@ -33,9 +33,8 @@ from limbeck.models.data import Data
 from limbeck.models.lineage import Step
 from limbeck.models.shapes import KEY
 from limbeck.models.surgery import Selection, select
-from limbeck.models.terms import Terms, read_terms
-from limbeck.prune.settings import PruneSettings
-from limbeck.recipes.steps import export, prune
+from limbeck.models.terms import Terms
+from limbeck.recipes.steps import export
 
 TinyCheckpoint = Callable[..., Path]
 WriteRows = Callable[..., Path]
@@ -260,92 +259,10 @@ def test_a_changed_card_is_found(artifact: Callable[[Case], Path], tmp_path: Pat
         open_artifact(folder)
 
 
-# Terms.
-
-LICENSED = """---
-license: other
-license_name: kitchen-1.0
-license_link: LICENSE
-language: [en]
-base_model: somebody/kettle
-datasets: [tea]
-pipeline_tag: sentence-similarity
----
-# Kettle
-"""
-
-
-@pytest.fixture
-def licensed(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> Path:
-    folder = tmp_path / "kettle"
-    shutil.copytree(tiny_checkpoint("bert"), folder)
-    (folder / "README.md").write_text(LICENSED)
-    (folder / "LICENSE").write_bytes(b"Boil before use.\r\n")
-    (folder / "NOTICE.txt").write_text("Kettles by Somebody.\n")
-    return folder
-
-
-def test_a_teachers_licence_travels_to_the_student_and_to_its_artifact(licensed: Path, tmp_path: Path) -> None:
-    student = prune(load_checkpoint(licensed), PruneSettings(structure="ffn", keep=0.5), rationale="it was too slow")
-    student.save(tmp_path / "student")
-    export(load_checkpoint(tmp_path / "student"), settings("openvino"), tmp_path / "artifact")
-    for folder in (tmp_path / "student", tmp_path / "artifact"):
-        header = card_of(folder).data
-        assert (header.license, header["license_name"], header["license_link"]) == ("other", "kitchen-1.0", "LICENSE")
-        assert (header.base_model, header.language) == ("somebody/kettle", ["en"])
-        assert header.datasets is None  # the student has not seen them
-        assert header.pipeline_tag == "sentence-similarity" and "pruning" in header.tags
-        assert (folder / "LICENSE").read_bytes() == b"Boil before use.\r\n"
-        assert (folder / "NOTICE.txt").read_text() == "Kettles by Somebody.\n"
-        text = card_of(folder).text
-        assert "**kitchen-1.0**" in text and "[NOTICE.txt](NOTICE.txt)" in text
-        assert "### 1. Pruned:" in text and "Why: it was too slow" in text and "32 of 64 channels" in text
-    assert {"LICENSE", "NOTICE.txt", "README.md"} <= set(open_artifact(tmp_path / "artifact").files)
-
-
 def test_a_source_without_a_licence_is_said_to_state_none(artifact: Callable[[Case], Path]) -> None:
     card = card_of(artifact(PLAIN))
     assert card.data.license is None and card.data.base_model is None
     assert "states no licence" in card.text
-
-
-def test_a_student_of_another_origin_is_under_its_own_licence_and_its_teachers() -> None:
-    own = Terms({"license": "mit", "base_model": "a/b"}, {"LICENSE": b"MIT", "NOTICE": b"same"})
-    teacher = Terms({"license": "apache-2.0", "base_model": "c/d"}, {"LICENSE": b"Apache", "NOTICE": b"same"})
-    joined = own.joined_by(teacher)
-    assert joined.header == {"license": ["mit", "apache-2.0"], "base_model": "a/b"}
-    assert joined.files == {"LICENSE": b"MIT", "NOTICE": b"same", "LICENSE-2": b"Apache"}
-    assert joined.joined_by(teacher) == joined
-    assert own.joined_by(Terms()) == own
-
-
-def test_a_licence_is_not_read_from_outside_the_folder(licensed: Path, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("key")
-    (licensed / "LICENSE").unlink()
-    (licensed / "LICENSE").symlink_to(tmp_path / "secret")
-    with pytest.raises(InputError, match="points outside"):
-        load_checkpoint(licensed)
-
-
-def test_a_snapshot_of_the_hub_is_read_through_its_links(licensed: Path, tmp_path: Path) -> None:
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0", tmp_path / "models--a--b" / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for name in ("LICENSE", "README.md"):
-        shutil.copyfile(licensed / name, blobs / name)
-        (snapshot / name).symlink_to(f"../../blobs/{name}")
-    terms = read_terms(snapshot, hub_id="a/b")
-    assert terms.header["license_name"] == "kitchen-1.0" and terms.header["base_model"] == "a/b"
-    assert terms.files == {"LICENSE": b"Boil before use.\r\n"}
-
-
-UNREADABLE = ["---\nlicense: [\n---\n", "---\n- a\n---\n", "---\nlicense: {a: 1}\n---\n", "", "\xff"]
-
-
-@pytest.mark.parametrize("header", UNREADABLE)
-def test_a_card_that_does_not_read_keeps_no_model_from_loading(licensed: Path, header: str) -> None:
-    (licensed / "README.md").write_bytes(header.encode("latin-1"))
-    assert load_checkpoint(licensed).terms.header == {}
 
 
 # History and engines.
