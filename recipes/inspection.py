@@ -11,6 +11,7 @@ from ..exporters.artifact import Manifest
 from ..exporters.layer_facts import ProgramFacts, checkpoint_facts
 from ..exporters.settings import ShapeRange
 from ..models.checkpoint import Checkpoint
+from ..validate.report import Matrix
 
 _SEQUENCE = 128
 
@@ -60,6 +61,29 @@ def inspect_artifact(folder: Path, manifest: Manifest, shape: tuple[int, int] | 
         return Inspection(size, None, f"{error.message} {error.hint or ''}".strip())
     unknown = f"The backend {backend.name} does not tell the layers of a {manifest.format!r} artifact."
     return Inspection(size, facts, "" if facts else unknown)
+
+
+def artifact_matrices(folder: Path, manifest: Manifest) -> list[Matrix]:
+    """Every weight matrix of a verified artifact for its report; none where the files do not tell.
+
+    Raises:
+        InputError: files that do not parse.
+    """
+    facts = inspect_artifact(folder, manifest).facts
+    stored = [*facts.layers, *facts.tables] if facts else []
+    return [
+        Matrix(
+            name=each.layer,
+            layer=each.number,
+            kind=each.kind,
+            shape=each.shape,
+            precision=each.precision,
+            zeros=each.zeros,
+            pattern=each.pattern,
+            size_bytes=each.size_bytes,
+        )
+        for each in stored
+    ]
 
 
 def _size_within(shapes: ShapeRange, longest: int, wanted: tuple[int, int] | None) -> tuple[int, int]:

@@ -34,6 +34,7 @@ from ..validate.relative import check_references
 from ..validate.report import Candidate, Gate, Report
 from ..validate.slices import SlicesAsked, check_builtin, with_slices
 from .benching import Timed, command_line, now, timed_beside
+from .inspection import artifact_matrices
 from .progress import SILENT, Progress
 
 
@@ -150,7 +151,9 @@ class _Validation:
         seen = {row for rows in read_training_rows(folder).values() for row in rows}
         unseen = [check_overlap(rows, seen, where) for where, rows in self._rows(standard.data).items()]
         checks = [*examined.beside(candidate.checks), *unseen]
-        candidate = candidate.model_copy(update={"checks": checks, "baseline": name in self.asked.baselines})
+        matrices = artifact_matrices(folder, manifest) if examined.passed else []
+        more = {"checks": checks, "baseline": name in self.asked.baselines, "matrices": matrices}
+        candidate = candidate.model_copy(update=more)
         runtime = runner.properties.get("runtime", manifest.format)
         return Measured(candidate, folder, manifest, answers, runtime, examined.notes)
 

@@ -28,8 +28,8 @@ SCHEMA_VERSION: Final = 1
 REPORT_FILE = "report.json"
 
 __all__ = ["REFERENCE_WORDS", "Candidate", "ChangedExample", "Check", "Curve", "Gate", "GateResult", "Latency",
-           "LayerSimilarity", "LayerWidths", "Loss", "Metric", "Noise", "Parity", "Point", "ReliabilityBin", "Report",
-           "Scenario", "Slice", "Step", "Temperature", "Verdict", "Waypoint", "exact_number", "load_report",
+           "LayerSimilarity", "LayerWidths", "Loss", "Matrix", "Metric", "Noise", "Parity", "Point", "ReliabilityBin",
+           "Report", "Scenario", "Slice", "Step", "Temperature", "Verdict", "Waypoint", "exact_number", "load_report",
            "save_report"]  # fmt: skip
 
 SliceKind = Literal["file", "column", "length", "perturbed", "invariance", "counterfactual", "bias", "prompts"]
@@ -81,6 +81,21 @@ class Check(_Record):
     passed: bool
     detail: str
     rows: list[dict[str, str | float | int | bool]] = []
+
+
+class Matrix(_Record):
+    """A weight matrix as a compiled program stores it. `layer` counts from 0 and is `None` outside the layers; `kind`
+    is what it is for there (`q`, `up`, ...); `zeros` is a share of its weights, and `pattern` says that two of every
+    four along the reduction axis are zero (2:4); `size_bytes` is without its scales."""
+
+    name: str
+    layer: int | None = Field(default=None, ge=0)
+    kind: str | None = None
+    shape: list[int]
+    precision: str
+    zeros: float = Field(ge=0, le=1)
+    pattern: bool
+    size_bytes: int = Field(ge=0)
 
 
 class ReliabilityBin(_Record):
@@ -202,6 +217,8 @@ class Candidate(_Growing):
     slices: list[Slice] = []
     changed: list[ChangedExample] = []
     """The examples whose answers left the teacher's furthest, the furthest first."""
+    matrices: list[Matrix] = []
+    """What its program holds, in the program's order; empty where its files do not tell."""
     waypoints: list[Waypoint] = []
     """The way from the teacher to this, point by point; those in between are missing where they are not at hand."""
 

@@ -201,6 +201,11 @@ def test_validate_writes_every_kind_of_report(report: Path) -> None:
     assert [step.rationale for step in loaded.steps] == ["half the latency", "channels"]
     assert all(candidate.latencies[0].sequence_length == LENGTH for candidate in loaded.candidates)
     assert loaded.noise is not None and loaded.noise.subject == "teacher"
+    for candidate, precision in zip(loaded.candidates, ("float32", "int8 weights and activations"), strict=True):
+        inside = {matrix.kind: matrix for matrix in candidate.matrices if matrix.layer == 0}
+        assert set(inside) == {"q", "k", "v", "o", "up", "down"}
+        assert (inside["up"].shape[1], inside["up"].precision, inside["up"].pattern) == (32, precision, False)
+    assert '<section id="layers"' in (report / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_kit_is_validated_and_never_timed(
@@ -212,6 +217,7 @@ def test_a_kit_is_validated_and_never_timed(
     candidate = json.loads(shown.out)["candidates"][0]
     assert "never built" in candidate["unverified"]
     assert candidate["latencies"] == []
+    assert all(matrix["pattern"] for matrix in candidate["matrices"] if matrix["layer"] is not None)
 
 
 def test_the_verdict_of_validate_is_its_exit_code_and_the_report_stays(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ def attribution(report: Report) -> Steps | None:
     if metric is None:
         return None
     rows = [row for candidate in shown for row in _rows(candidate, metric)]
-    panels = [panel for candidate in shown if (panel := _panel(candidate, metric))]
+    ends = _ends(shown, metric)
+    panels = [panel for candidate in shown if (panel := _panel(candidate, metric, ends))]
     return Steps(title_of(metric), [*_HEADINGS[:3], title_of(metric), *_HEADINGS[4:]], rows, panels)
 
 
@@ -103,25 +105,47 @@ def _moved(stop: Waypoint) -> str:
     return f"{mark}{short_number(stop.parity.error, 2)}"
 
 
-def _panel(candidate: Candidate, metric: str) -> Panel | None:
-    known = [stop for stop in candidate.waypoints if stop.metric(metric)]
+def _panel(candidate: Candidate, metric: str, ends: tuple[float, float]) -> Panel | None:
+    known = _measured(candidate, metric)
     if len(known) < 2:
         return None
-    lost = [f"{stop.name} {_lost(stop.loss)}" for stop in known if stop.loss]
-    return Panel(candidate.name, f"{title_of(metric)} lost: {'; '.join(lost)}", waterfall(known, metric))
+    lost = [f"{stop.name} {_lost(stop.loss)}" for stop in known if stop.loss and _signed(stop.loss.value) != "0"]
+    told = f"Lost by the {'; by the '.join(lost)}" if lost else "Nothing was lost from point to point"
+    return Panel(candidate.name, told, waterfall(known, metric, ends))
 
 
-def waterfall(stops: Sequence[Waypoint], metric: str) -> Markup:
+def _measured(candidate: Candidate, metric: str) -> list[Waypoint]:
+    return [stop for stop in candidate.waypoints if stop.metric(metric)]
+
+
+def _ends(candidates: Sequence[Candidate], metric: str) -> tuple[float, float]:
+    """The ends of the axis that all waterfalls share, so that their bars compare."""
+    sign = 1.0 if higher_is_better(metric) else -1.0
+    ways = [_measured(candidate, metric) for candidate in candidates]
+    levels = [_value(stop, metric) for way in ways for stop in way]
+    whiskers = [
+        end
+        for way in ways
+        for before, stop in itertools.pairwise(way)
+        for end in _whisker(stop.loss, _value(before, metric), sign)
+    ]
+    low, high = span([value for value in (*levels, *whiskers) if math.isfinite(value)], padding=0.15)
+    room = max(_LEAST_SPAN * abs(levels[0]) - (high - low), 0.0) / 2 if levels else 0.0
+    return low - room, high + room
+
+
+def waterfall(stops: Sequence[Waypoint], metric: str, ends: tuple[float, float]) -> Markup:
     """Quality from point to point: a level line for each, and a bar for what a step lost or gained, with the 95%
-    interval of the paired difference as a whisker. The axis does not start at zero, so only differences are bars."""
+    interval of the paired difference as a whisker. The axis does not start at zero, so only differences are bars.
+
+    Args:
+        ends: of the axis, in the metric's unit.
+    """
     levels = [_value(stop, metric) for stop in stops]
     sign = 1.0 if higher_is_better(metric) else -1.0
     whiskers = [_whisker(stop.loss, before, sign) for stop, before in zip(stops[1:], levels, strict=False)]
-    ends = [*levels, *(end for pair in whiskers for end in pair)]
-    low, high = span([value for value in ends if math.isfinite(value)], padding=0.15)
-    room = max(_LEAST_SPAN * abs(levels[0]) - (high - low), 0.0) / 2
     left, right, top, bottom = plot_box(_WIDTH, _HEIGHT, left=52)
-    y = Scale(low - room, high + room, bottom, top + 14)
+    y = Scale(*ends, bottom, top + 14)
     wide = (right - left) / len(stops)
     parts = [y_axis(y, left, right)]
     for place, (stop, level) in enumerate(zip(stops, levels, strict=True)):

@@ -80,8 +80,8 @@ def latency_histogram(latency: Latency, domain: tuple[float, float], title: str,
     apart = x(latency.p99_ms) - x(latency.p50_ms)
     for name, value, anchor in (("p50", latency.p50_ms, "end"), ("p99", latency.p99_ms, "start")):
         parts.append(line(x(value), top + 3, x(value), bottom, f"mark {name}"))
-        nudge = 0 if apart > 40 else -2 if name == "p50" else 2
-        at = min(max(x(value) + nudge, left + 26), right - 26)
+        nudge = 0 if apart > 40 else -3 if name == "p50" else 3
+        at = min(max(x(value), left + 26), right - 26) + nudge
         parts.append(text(at, top - 1, name, "tick", "middle" if apart > 40 else anchor))
     words = (
         f"Latency of {title}: median {short_number(latency.p50_ms, 3)} ms, 99th percentile "
@@ -210,7 +210,11 @@ def cut_widths(widths: Sequence[LayerWidths]) -> Markup:
     parts = []
     for index, item in enumerate(widths):
         top = index * row
-        change = f" ({(item.after - item.before) / item.before:+.0%})".replace("-", "−") if item.before else ""
+        change = (
+            f" ({(item.after - item.before) / item.before:+.0%})".replace("-", "−")
+            if item.before and item.after != item.before
+            else ""
+        )
         name = item.layer if len(item.layer) <= 34 else "…" + item.layer[-33:]
         parts.append(text(left, top + 13, name, "label"))
         parts.append(text(right, top + 13, f"{item.before:,} → {item.after:,}{change}", "label number", "end"))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from ..report import Candidate, Metric, Report, Verdict, short_number
+from ..report import Candidate, GateResult, Metric, Report, Verdict, short_number
 
 VERDICT_WORDS: dict[Verdict | None, str] = {
     "pass": "Pass",
@@ -15,6 +15,7 @@ VERDICT_WORDS: dict[Verdict | None, str] = {
     "inconclusive": "Inconclusive",
     None: "No verdict",
 }
+_WORST_FIRST: tuple[Verdict, ...] = ("fail", "inconclusive", "pass")
 _QUALITY = ("spearman", "accuracy", "f1", "pearson", "perplexity")
 _AGREEMENT = ("cosine_mean", "flip_rate")
 _TITLES = {"ece": "ECE", "peak_memory_mb": "Peak memory", "energy_mj": "Energy"}
@@ -122,13 +123,28 @@ def _metric_columns(rows: Sequence[Candidate], wanted: Iterable[Callable[[str], 
 
 
 def _metric_column(rows: Sequence[Candidate], metric: Metric) -> Column:
-    figures = [figure_of(row.metric(metric.name)) for row in rows]
+    figures = [figure_among(rows, row, metric.name) for row in rows]
     return Column(_TITLES.get(metric.name) or title_of(metric.name), metric.unit, figures, metric.higher_is_better)
 
 
 def figure_of(metric: Metric | None) -> Figure | None:
     """The cell of a metric; nothing of nothing."""
     return Figure(metric.value, metric.low, metric.high) if metric else None
+
+
+def figure_among(rows: Sequence[Candidate], row: Candidate, name: str) -> Figure | None:
+    """The cell of a metric in a row; a teacher's is kept beside those of its candidates, on the same examples."""
+    own = figure_of(row.metric(name))
+    if own or row.kind != "teacher":
+        return own
+    beside = (metric.teacher for other in rows if (metric := other.metric(name)) and metric.teacher is not None)
+    value = next(beside, None)
+    return None if value is None else Figure(value)
+
+
+def numbered(report: Report) -> Iterator[tuple[int, Candidate]]:
+    """Candidates with the number of their colour: the teacher is 0, whether there is one or not."""
+    return ((index if report.teacher else index + 1, item) for index, item in enumerate(report.measured))
 
 
 def latency_figure(candidate: Candidate, percentile: str) -> Figure | None:
@@ -184,6 +200,11 @@ def summary(report: Report) -> str:
 
 def _passing(passed: int, total: int, noun: str) -> str:
     return f"{passed} of {total} {noun}{' passes' if total == 1 else 's pass'}"
+
+
+def worst_first(gates: Iterable[GateResult]) -> list[GateResult]:
+    """Gates that failed, then those that stay open, then the rest, each in the order in which they were asked."""
+    return sorted(gates, key=lambda result: _WORST_FIRST.index(result.verdict))
 
 
 def plain(value: object, prefix: str = "") -> list[tuple[str, str]]:

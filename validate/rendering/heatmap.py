@@ -14,6 +14,7 @@ _LEFT, _TOP, _BOTTOM, _RIGHT = 40.0, 4.0, 36.0, 2.0
 _LARGEST, _LOWEST = 56.0, 22.0
 _WITH_VALUE = 19.0  # a cell narrower than this has no room for its two decimals
 _BEST = 64.0  # room beside such cells for each row's largest value
+_UPRIGHT = 76.0  # room that the title beside the rows takes
 _LABELS = 16  # numbers under so many columns at most
 
 
@@ -59,7 +60,8 @@ def layer_similarity(matrix: Sequence[Sequence[float]], when: str) -> Markup:
     ]
     parts.append(text(_LEFT + columns * width / 2, bottom + 31, "teacher layer", "axis-title", "middle"))
     turned = f"translate(11 {(_TOP + bottom) / 2:.1f}) rotate(-90)"
-    parts.append(element("text", "student layer", class_="axis-title", text_anchor="middle", transform=turned))
+    upright = "student layer" if bottom - _TOP >= _UPRIGHT else "student"
+    parts.append(element("text", upright, class_="axis-title", text_anchor="middle", transform=turned))
     every_value = "; ".join(f"student layer {row}: {_listed(values)}" for row, values in enumerate(matrix))
     parts.append(element("desc", f"Similarity to teacher layers 0 to {columns - 1}. {every_value}"))
     said = ", ".join(f"{row} to {column} ({_short(value)})" for row, (column, value) in enumerate(best))

@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 from jinja2 import Template
-from markupsafe import Markup
 
-from ..report import Candidate, Latency, Report, exact_number, short_number
+from ..report import Latency, Report, exact_number, short_number
 from . import charts
 from .attribution import attribution
+from .checks import sorted_checks
 from .figures import (
     VERDICT_WORDS,
     Panel,
     columns,
-    figure_of,
-    latency_figure,
+    numbered,
     plain,
-    quality_metric,
     summary,
     title_of,
+    worst_first,
 )
 from .pages import page_environment
 from .performance import SCENARIO_HEADINGS, remarks, scenario_rows
+from .program_layers import legend, programs
 from .slices import changed_examples, slice_map
+from .trade_off import trade_off
 from .training import trainings
 
 _WIDTHS_A_CHART = 12
@@ -46,15 +48,18 @@ def render_html(report: Report) -> str:
         scenario_headings=SCENARIO_HEADINGS,
         scenarios=scenario_rows(report),
         remarks=remarks(report),
-        scatter=_scatter(report),
+        trade_off=trade_off(report),
         reliability_panels=list(_reliability_panels(report)),
         trainings=list(trainings(report)),
         attribution=attribution(report),
         cut_panels=list(_cut_panels(report)),
         slices=slice_map(report),
         changed=changed_examples(report),
-        checks=list(report.checks()),
-        gate_drawings=[charts.gate_interval(result) for result in report.gates],
+        programs=programs(report),
+        legend=legend(report),
+        checks=sorted_checks(report),
+        gates=worst_first(report.gates),
+        created=_when(report.created),
     )
 
 
@@ -62,9 +67,17 @@ def render_html(report: Report) -> str:
 def _template() -> Template:
     environment = page_environment()
     environment.filters |= {"number": short_number, "exact": exact_number, "plain": plain, "title_of": title_of}
-    environment.filters["cell"] = _cell
+    environment.filters |= {"cell": _cell, "drawn": charts.gate_interval}
     environment.globals |= {"words": VERDICT_WORDS, "swatch": charts.swatch}
     return environment.get_template("report.html.j2")
+
+
+def _when(created: str) -> str:
+    """A moment for people; what is none is left as it is."""
+    try:
+        return f"{datetime.fromisoformat(created).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    except ValueError:
+        return created
 
 
 def _cell(value: Any) -> str:
@@ -78,7 +91,7 @@ def _cell(value: Any) -> str:
 
 def _latency_panels(report: Report) -> Iterator[Panel]:
     domain = charts.latency_domain([latency for item in report.measured for latency in item.latencies])
-    for series, candidate in _numbered(report):
+    for series, candidate in numbered(report):
         for latency in candidate.latencies:
             title = candidate.name if len(candidate.latencies) == 1 else f"{candidate.name}, {_shape(latency)}"
             yield Panel(title, _latency_note(latency), charts.latency_histogram(latency, domain, title, series))
@@ -96,26 +109,8 @@ def _latency_note(latency: Latency) -> str:
     return f"p50 {p50} · p90 {p90} · p99 {p99} ms{speed} · {shape}{threads}, {latency.samples:,} calls"
 
 
-def _numbered(report: Report) -> Iterator[tuple[int, Candidate]]:
-    """Candidates with the number of their colour: the teacher is 0, whether there is one or not."""
-    return ((index if report.teacher else index + 1, item) for index, item in enumerate(report.measured))
-
-
-def _scatter(report: Report) -> Markup | None:
-    quality = quality_metric(report)
-    if quality is None:
-        return None
-    points = []
-    for series, candidate in _numbered(report):
-        latency, figure = latency_figure(candidate, "p50"), figure_of(candidate.metric(quality.name))
-        if latency and figure:
-            points.append(charts.Point(candidate.name, series, latency, figure))
-    title = title_of(quality.name) + (f", {quality.unit}" if quality.unit else "")
-    return charts.quality_against_latency(points, title, quality.higher_is_better) if len(points) > 1 else None
-
-
 def _reliability_panels(report: Report) -> Iterator[Panel]:
-    for series, candidate in _numbered(report):
+    for series, candidate in numbered(report):
         if candidate.reliability:
             ece = candidate.metric("ece")
             note = f"expected calibration error {short_number(ece.value, 3)}" if ece else ""

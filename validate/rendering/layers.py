@@ -13,6 +13,7 @@ from ...files import write_text
 from ...models.anatomy import MATRIX_KINDS
 from ..report import size_text
 from .pages import page_environment
+from .precision_colours import precision_class, precision_words
 from .svg import element, line, text
 
 _LEFT, _RIGHT, _TOP = 66.0, 78.0, 84.0
@@ -22,9 +23,6 @@ _NARROWEST = 560.0
 _LINE = 20.0
 _LISTED = 8
 _LONGEST_NAME = 52
-_COLOURS = {"float32": "s0", "float16": "s1", "bfloat16": "s6", "int8 weights and activations": "s3",
-            "int8 weights only": "s2", "int4 weights only": "s5"}  # fmt: skip
-_OTHER = "s4"
 _STYLE = """
 .layers { font: 11.5px system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 .layers text { fill: var(--ink); } .layers .soft { fill: var(--soft); }
@@ -108,7 +106,7 @@ def _cell(x: float, y: float, layer: LayerFacts, most: int) -> Markup:
     parts = [element("title", told)]
     if layer.zeros:
         parts.append(element("rect", x=x, y=y, width=length, height=_BAR, class_="zeros"))
-    parts.append(element("rect", x=x, y=y, width=kept, height=_BAR, class_=_colour(layer)))
+    parts.append(element("rect", x=x, y=y, width=kept, height=_BAR, class_=precision_class(layer.precision)))
     parts.append(text(x, y + 26, f"{layer.shape[0]} × {layer.shape[1]}", "soft number"))
     if not layer.sparsity.startswith("dense"):
         short = "2:4" if layer.sparsity == "2:4" else f"{layer.zeros:.0%}"
@@ -123,7 +121,9 @@ def _outside(layers: Sequence[LayerFacts], y: float, width: float) -> Markup:
     parts = [text(14, y, "Outside the layers", "soft")]
     for index, layer in enumerate(layers[:_LISTED], 1):
         row = y + index * _LINE
-        parts.append(element("rect", x=14.0, y=row - 9, width=10.0, height=10.0, class_=_colour(layer)))
+        parts.append(
+            element("rect", x=14.0, y=row - 9, width=10.0, height=10.0, class_=precision_class(layer.precision))
+        )
         name = _clean(layer.layer)
         shown = name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
         parts.append(text(30, row, f"{shown}  {layer.shape[0]:,} × {layer.shape[1]:,}", "number"))
@@ -135,7 +135,7 @@ def _outside(layers: Sequence[LayerFacts], y: float, width: float) -> Markup:
 
 def _legend(layers: Sequence[LayerFacts], y: float, width: float) -> tuple[Markup, float]:
     """What the colours mean, in lines that fit; and the height of the whole drawing."""
-    named = {_named(layer): _colour(layer) for layer in layers}
+    named = {precision_words(layer.precision): precision_class(layer.precision) for layer in layers}
     if any(layer.zeros for layer in layers):
         named["zeros, with their pattern or share where they are many"] = "zeros"
     parts, x, row = [], 14.0, y + 8
@@ -149,16 +149,6 @@ def _legend(layers: Sequence[LayerFacts], y: float, width: float) -> tuple[Marku
     row += _LINE
     parts.append(text(14, row, "A bar's length is the number of weights, inputs × outputs.", "soft"))
     return Markup("").join(parts), row + 16
-
-
-def _named(layer: LayerFacts) -> str:
-    """The precision by which a matrix is coloured: a table of integers is stored, not computed with."""
-    return f"{layer.precision} weights only" if layer.precision in ("int8", "int4") else layer.precision
-
-
-def _colour(layer: LayerFacts) -> str:
-    words = _named(layer)
-    return next((class_ for start, class_ in _COLOURS.items() if words.startswith(start)), _OTHER)
 
 
 def _clean(words: str) -> str:

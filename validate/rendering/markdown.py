@@ -12,7 +12,7 @@ from ..diff import CandidateDiff, ReportDiff
 from ..report import GateResult, Report, Verdict, short_number
 from .attribution import attribution_table
 from .changes import alone, cells, diff_summary, diff_verdict, equal_text, unequal
-from .figures import VERDICT_WORDS, Column, columns, plain, summary
+from .figures import VERDICT_WORDS, Column, columns, plain, summary, worst_first
 from .performance import SCENARIO_HEADINGS, remarks, scenario_rows
 from .slices import slice_tables
 from .training import ends, likeness
@@ -20,7 +20,6 @@ from .training import ends, likeness
 _ICONS: dict[Verdict | None, str] = {"pass": "✅", "fail": "❌", "inconclusive": "❔", None: "➖"}
 _MEANING_ICONS = {"better": "✅ ", "worse": "❌ ", "not comparable": "⚠️ "}
 _CHANGE_HEADINGS = ("Figure", "Old", "New", "Change (95% interval)", "Means")
-_WORST_FIRST: tuple[Verdict, ...] = ("fail", "inconclusive", "pass")
 _SPECIAL = re.compile(r"([\\`*_\[\]|~$])")
 
 
@@ -79,8 +78,20 @@ def _cell(column: Column, index: int) -> str:
 
 
 def _gates(gates: Sequence[GateResult]) -> str:
+    """Those that do not pass in sight, the others folded away."""
     if not gates:
         return ""
+    found = worst_first(gates)
+    open_ = [result for result in found if result.verdict != "pass"]
+    passed = [result for result in found if result.verdict == "pass"]
+    blocks = ["### Gates", _verdicts(open_) if open_ else ""]
+    if passed:
+        title = f"{len(passed)} {'passes' if len(passed) == 1 else 'pass'}"
+        blocks.append(_folded(title, _verdicts(passed)) if open_ else _verdicts(passed))
+    return "\n\n".join(filter(None, blocks))
+
+
+def _verdicts(gates: Sequence[GateResult]) -> str:
     rows = [
         [
             f"{_ICONS[result.verdict]} {VERDICT_WORDS[result.verdict]}",
@@ -90,7 +101,7 @@ def _gates(gates: Sequence[GateResult]) -> str:
         ]
         for result in gates
     ]
-    return "### Gates\n\n" + _table(["Verdict", "Gate", "Candidate", "Found"], rows, numbers_from=4)
+    return _table(["Verdict", "Gate", "Candidate", "Found"], rows, numbers_from=4)
 
 
 def _scenarios(report: Report) -> str:
@@ -151,11 +162,10 @@ def render_gate_summary(report: Report, page: str | None = None) -> str:
     Args:
         page: where the whole report can be seen, relative to where this text will lie.
     """
-    ordered = sorted(report.gates, key=lambda result: _WORST_FIRST.index(result.verdict))
     blocks = [
         f"## {_ICONS[report.verdict]} {VERDICT_WORDS[report.verdict]}: {_escape(report.title)}",
         _escape(summary(report)),
-        _gates(ordered),
+        _gates(report.gates),
         _failed_checks(report),
         f"[The whole report]({urllib.parse.quote(page)})" if page else "",
     ]

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..diff import CandidateDiff, ReportDiff
-from ..report import GateResult, Report, Verdict
+from ..report import Candidate, GateResult, Report, Verdict
 from .attribution import attribution
 from .changes import alone, cells, diff_summary, diff_verdict, equal_text, unequal
-from .figures import VERDICT_WORDS, Column, columns, summary
+from .figures import VERDICT_WORDS, Column, columns, summary, worst_first
 from .performance import SCENARIO_HEADINGS, remarks, scenario_rows
 from .slices import worst_slice
 
@@ -26,7 +26,9 @@ _STYLES: dict[Verdict | None, str] = {
     None: "bold",
 }
 _MEANING_STYLES = {"better": "bold green", "worse": "bold red", "not comparable": "yellow", "equal": "dim"}
-_NAME_WIDTH = 20
+_WIDEST_NAME = 22
+_BETWEEN = 3
+"""Columns of a terminal between those of a table."""
 # a terminal obeys these: a name in a report could otherwise recolour it, or rewrite what was printed
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -62,39 +64,54 @@ def _verdict(verdict: Verdict | None) -> Text:
 class _Candidates:
     """The candidate table at whatever width the terminal has: columns that matter less make room for the others."""
 
-    _FIRST_TO_GO = ("Peak memory", "p99", "ECE", "Size", "Energy")
+    _FIRST_TO_GO = ("Peak memory", "p99", "ECE", "Energy", "Size")
 
     def __init__(self, report: Report) -> None:
         self._report = report
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        shown = columns(self._report)
+        names = [_name(self._report, candidate) for candidate in self._report.measured]
+        widest = max(len("Candidate"), min(max(map(_longest_line, names)), _WIDEST_NAME))
+        shown, left_out = columns(self._report), []
         for title in self._FIRST_TO_GO:
-            if _NAME_WIDTH + sum(map(_width, shown)) > options.max_width:
-                shown = [column for column in shown if column.title != title]
-        yield _candidates(self._report, shown)
+            room = options.max_width - widest - _BETWEEN
+            if sum(_least_width(column) + _BETWEEN for column in shown) <= room:
+                break
+            left_out += [column.title for column in shown if column.title == title]
+            shown = [column for column in shown if column.title != title]
+        yield _candidates(self._report.title, names, widest, shown)
+        if left_out:
+            yield Text(f"No room for {', '.join(left_out)}: see the report.", style="dim")
 
 
-def _width(column: Column) -> int:
-    """What a column needs: its longest word (headings wrap between words) and two spaces."""
-    words = [*column.heading.split(), *(figure.text for figure in column.figures if figure)]
-    return max(map(len, words)) + 2
+def _least_width(column: Column) -> int:
+    """What a column needs: its longest word, since headings wrap between words."""
+    return max(map(len, [*column.heading.split(), *(figure.text for figure in column.figures if figure)]))
 
 
-def _candidates(report: Report, shown: list[Column]) -> Table:
+def _candidates(title: str, names: list[Text], widest: int, shown: list[Column]) -> Table:
     """Without intervals, which need the width of a page; the gates under it name those that decide."""
-    table = Table(title=_text(report.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("Candidate", overflow="fold", min_width=18)
+    table = Table(title=_text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    # widths are given: where room is short, rich would cut words of one column while another has room to spare
+    table.add_column("Candidate", overflow="fold", width=widest)
     for column in shown:
-        table.add_column(_text(column.heading), justify="right")
-    for index, candidate in enumerate(report.measured):
-        name = _text(candidate.name, "bold")
-        role = "teacher, " if candidate is report.teacher else ""
-        name.append_text(_text(f"\n{role}{candidate.backend} {candidate.precision}", "not bold dim"))
-        if candidate.unverified:
-            name.append_text(_text(f"\n! {candidate.unverified}", "not bold yellow"))
+        table.add_column(_text(column.heading), justify="right", width=_least_width(column))
+    for index, name in enumerate(names):
         table.add_row(name, *(_cell(column, index) for column in shown))
     return table
+
+
+def _longest_line(words: Text) -> int:
+    return max(line.cell_len for line in words.split())
+
+
+def _name(report: Report, candidate: Candidate) -> Text:
+    name = _text(candidate.name, "bold")
+    role = "teacher, " if candidate is report.teacher and candidate.name != "teacher" else ""
+    name.append_text(_text(f"\n{role}{candidate.backend} {candidate.precision}", "not bold dim"))
+    if candidate.unverified:
+        name.append_text(_text(f"\n! {candidate.unverified}", "not bold yellow"))
+    return name
 
 
 def _cell(column: Column, index: int) -> Text:
@@ -132,12 +149,19 @@ def _steps(report: Report) -> list[RenderableType]:
 
 
 def _gates(results: list[GateResult]) -> Table:
-    table = Table(title="Gates", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("Verdict", "Gate", "Candidate", "Found"):
-        table.add_column(heading, overflow="fold", no_wrap=heading == "Verdict")
-    for result in results:
-        gate = _text(result.asked)
-        table.add_row(_verdict(result.verdict), gate, _text(result.candidate), _text(result.reason))
+    """Those that do not pass with what was found, then those that do: a line each, whatever the width."""
+    table = Table(title="Gates", title_justify="left", box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    passed: dict[str, list[str]] = {}
+    for result in worst_first(results):
+        if result.verdict == "pass":
+            passed.setdefault(result.asked, []).append(result.candidate)
+        else:
+            title = _text(f"{result.asked}: {result.candidate}", "bold")
+            table.add_row(_verdict(result.verdict), Text.assemble(title, "\n", _text(result.reason)))
+    for asked, candidates in passed.items():
+        table.add_row(_verdict("pass"), _text(f"{asked}: {', '.join(candidates)}"))
     return table
 
 
