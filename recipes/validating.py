@@ -144,6 +144,7 @@ class _Validation:
             self.progress.say(name)
             try:
                 candidate, answers = measure_artifact(name, folder, manifest, runner, standard, self.progress.advance)
+                candidate = candidate.model_copy(update={"matrices": artifact_matrices(folder, manifest)})
             except InputError:
                 if examined.passed:
                     raise
@@ -151,9 +152,7 @@ class _Validation:
         seen = {row for rows in read_training_rows(folder).values() for row in rows}
         unseen = [check_overlap(rows, seen, where) for where, rows in self._rows(standard.data).items()]
         checks = [*examined.beside(candidate.checks), *unseen]
-        matrices = artifact_matrices(folder, manifest) if examined.passed else []
-        more = {"checks": checks, "baseline": name in self.asked.baselines, "matrices": matrices}
-        candidate = candidate.model_copy(update=more)
+        candidate = candidate.model_copy(update={"checks": checks, "baseline": name in self.asked.baselines})
         runtime = runner.properties.get("runtime", manifest.format)
         return Measured(candidate, folder, manifest, answers, runtime, examined.notes)
 

@@ -94,16 +94,20 @@ def _latency_panels(report: Report) -> Iterator[Panel]:
     for series, candidate in numbered(report):
         for latency in candidate.latencies:
             title = candidate.name if len(candidate.latencies) == 1 else f"{candidate.name}, {_shape(latency)}"
-            yield Panel(title, _latency_note(latency), charts.latency_histogram(latency, domain, title, series))
+            yield Panel(
+                title,
+                _latency_note(latency, report.measured[0].name),
+                charts.latency_histogram(latency, domain, title, series),
+            )
 
 
 def _shape(latency: Latency) -> str:
     return f"{latency.batch_size} × {latency.sequence_length}"
 
 
-def _latency_note(latency: Latency) -> str:
+def _latency_note(latency: Latency, base: str) -> str:
     p50, p90, p99 = (short_number(value, 3) for value in (latency.p50_ms, latency.p90_ms, latency.p99_ms))
-    speed = f" · {short_number(latency.speedup, 3)}× the teacher's speed" if latency.speedup is not None else ""
+    speed = f" · {short_number(latency.speedup, 3)}× as fast as {base}" if latency.speedup is not None else ""
     threads = f", {latency.threads} thread{'' if latency.threads == 1 else 's'}" if latency.threads else ""
     shape = f"batch {latency.batch_size} × {latency.sequence_length} tokens"
     return f"p50 {p50} · p90 {p90} · p99 {p99} ms{speed} · {shape}{threads}, {latency.samples:,} calls"

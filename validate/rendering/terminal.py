@@ -38,7 +38,7 @@ def render_table(report: Report) -> RenderableType:
     report is never read as rich markup, nor as a terminal's control codes."""
     parts: list[RenderableType] = [_Candidates(report)] if report.measured else []
     if any(candidate.scenarios for candidate in report.measured):
-        parts.append(_scenarios(report))
+        parts += _scenarios(report)
     parts += [_text(remark, "dim") for remark in remarks(report)]
     parts += _steps(report)
     if report.gates:
@@ -119,13 +119,19 @@ def _cell(column: Column, index: int) -> Text:
     return Text("–", style="dim") if figure is None else Text(figure.text)
 
 
-def _scenarios(report: Report) -> Table:
+def _scenarios(report: Report) -> list[RenderableType]:
+    """The figures as a table; what a scenario asked and why it is not valid under it, where sentences have room."""
     table = Table(title="MLPerf scenarios", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, heading in enumerate(SCENARIO_HEADINGS):
-        table.add_column(heading, overflow="fold", justify="right" if index > 2 else "left")
-    for row in scenario_rows(report):
-        table.add_row(*map(_text, row))
-    return table
+        table.add_column(heading, overflow="fold", justify="right" if index > 2 else "left", no_wrap=index == 1)
+    notes = []
+    for candidate, scenario, said, *figures in scenario_rows(report):
+        name, asked, _ = scenario.partition(",")
+        verdict, _, reason = said.partition(": ")
+        table.add_row(*map(_text, (candidate, name, verdict, *figures)))
+        if asked or reason:
+            notes.append(_text(f"{candidate}, {scenario}: {said}", "dim"))
+    return [table, *notes]
 
 
 def _steps(report: Report) -> list[RenderableType]:
