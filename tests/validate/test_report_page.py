@@ -8,8 +8,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from limbeck.models.anatomy import MATRIX_KINDS
 from limbeck.validate.gates import apply_gates
 from limbeck.validate.rendering import render_html
+from limbeck.validate.rendering.program_layers import KINDS
 from limbeck.validate.report import Check, Gate, Loss, Matrix, Report, Scenario, Waypoint
 
 EVIL = "<script>alert(1)</script>\"'&<img src=https://example.org/x onerror=alert(1)>"
@@ -187,6 +189,10 @@ def test_layers_show_precision_and_zeros_of_every_matrix(whole: Callable[..., Re
     legend = part.split('class="legend"')[1].split("</ul>")[0]
     assert "int8 weights and activations" in legend and "float32" in legend and "int8 weights only" not in legend
     assert ">embeddings<" in part
+
+
+def test_columns_of_layers_stand_in_the_order_in_which_a_layer_uses_them() -> None:
+    assert KINDS == MATRIX_KINDS
 
 
 def test_the_trade_off_says_who_is_beaten_by_whom(whole: Callable[..., Report]) -> None:

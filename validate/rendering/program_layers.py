@@ -18,7 +18,8 @@ _GAP, _BAR = 5.0, 11.0
 _ROW, _ROW_WITH_WORDS = 19.0, 30.0
 _MANY_ZEROS = 0.2
 """Fewer come of rounding alone."""
-_ORDER = ("q", "k", "v", "qkv", "o", "gate", "up", "gate+up", "down")
+KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "gate+up", "down")
+"""`models.anatomy.MATRIX_KINDS`, which is not to be had without torch."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def layer_grid(matrices: Sequence[Matrix], name: str) -> Markup:
     by_place = {(matrix.layer, matrix.kind): matrix for matrix in reversed(matrices)}
     layers = sorted({matrix.layer for matrix in matrices if matrix.layer is not None})
     kinds = {matrix.kind or "" for matrix in matrices}
-    columns = [kind for kind in _ORDER if kind in kinds] + sorted(kinds - set(_ORDER))
+    columns = [kind for kind in KINDS if kind in kinds] + sorted(kinds - set(KINDS))
     wide = (_WIDTH - _LEFT - _RIGHT) / len(columns)
     tall = _ROW_WITH_WORDS if any(_is_sparse(matrix) for matrix in matrices) else _ROW
     parts = [text(0, 11, "layer", "tick"), text(_WIDTH, 11, "size", "tick", "end")]
