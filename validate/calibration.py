@@ -25,6 +25,11 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
 
 
+def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL(p || q) in nats, [examples], of probabilities [examples, labels]."""
+    return np.asarray(np.sum(p * (np.log(p + 1e-12) - np.log(q + 1e-12)), axis=1))
+
+
 def _bin_of_each(confidence: np.ndarray, bins: Literal["mass", "width"]) -> np.ndarray:
     """The bin of each example, int64 [n]: as many examples in one as in the next, or equally wide ones over 0 to 1."""
     if bins == "width":  # a confidence on an edge belongs below it, as in Guo et al.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..models.data import TEXT_FIELDS
-from .calibration import softmax
+from .calibration import divergence, softmax
 from .predictions import Predictions
 from .report import ChangedExample, short_number
 from .retrieval import unit
@@ -133,11 +133,6 @@ class _Perplexities(_Distances):
         with np.errstate(over="ignore"):
             theirs, ours = (f"perplexity {short_number(float(np.exp(side[row])), 3)}" for side in self._means)
         return theirs, ours
-
-
-def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL(p || q) in nats, [examples], of probabilities [examples, labels]."""
-    return np.asarray(np.sum(p * (np.log(p + 1e-12) - np.log(q + 1e-12)), axis=1))
 
 
 def _row_means(nll: np.ndarray, rows: np.ndarray) -> np.ndarray:

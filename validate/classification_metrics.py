@@ -12,12 +12,12 @@ from scipy import sparse
 
 from .calibration import (
     brier_scores,
+    divergence,
     expected_calibration_error,
     gaps_by_bin,
     negative_log_likelihoods,
     softmax,
 )
-from .changed import divergence
 from .drafts import (
     MetricDraft,
     by_bootstrap,
