@@ -23,10 +23,9 @@ Bench = Any
 @pytest.mark.parametrize("properties", [{}, {"INFERENCE_PRECISION_HINT": "bf16"}])
 def test_bfloat16_where_float32_is_claimed(properties: dict[str, str], bench: Bench) -> None:
     folder = bench.planted("openvino", "fp32", compile_properties=properties)
-    report = bench.assert_caught(
+    bench.assert_caught(
         folder, "runtime precision", "fp32 is claimed, but the runtime computes in bfloat16: the manifest asks for"
     )
-    assert "bfloat16 arithmetic" in next(c.detail for c in report.candidates[0].checks if c.name == "parity")
 
 
 def test_int8_that_is_not_there(bench: Bench) -> None:
