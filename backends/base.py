@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # `limbeck backends` probes without loading torch
     from ..exporters.settings import ExportSettings, Precision
     from ..exporters.tokenizer_graph import TextTokens, Tokenize
     from ..models.checkpoint import Checkpoint
+    from .decoder import Decoder
 
 Progress = Callable[[str], None]
 """Told in a few words what is being done now."""
@@ -78,21 +79,6 @@ class BuildJob:
     advance: Advance = lambda _, __: None
 
 
-def feed_of(batch: Mapping[str, torch.Tensor], inputs: Sequence[str]) -> dict[str, Any]:
-    """The inputs of a program, as NumPy arrays by name; what else is in the batch is left out.
-
-    Raises:
-        InputError: the batch lacks one.
-    """
-    for name in inputs:
-        if name not in batch:
-            raise InputError(
-                f"The program takes {name}, which the batch does not have: its tokenizer is not the model's.",
-                "Give the artifact its own tokenizer: export it again.",
-            )
-    return {name: batch[name].numpy() for name in inputs}
-
-
 class Runner(ABC):
     """A loaded program."""
 
@@ -111,6 +97,17 @@ class Runner(ABC):
     @abstractmethod
     def prepare(self, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
         """The runtime's own inference call with this batch bound: what is timed, nothing of ours inside."""
+
+    def decoder(self) -> Decoder:
+        """What writes text with this program; one at a time.
+
+        Raises:
+            UsageError: the program keeps no keys and values of what it has read.
+        """
+        raise UsageError(
+            "The program keeps no keys and values of what it has read, so it writes no text.",
+            "Export the model for text-generation, with --backend onnx, openvino or torch and without --no-kv-cache.",
+        )
 
     def close(self) -> None:
         """Free the device; the runner is not called again. Nothing to do for most."""
@@ -133,6 +130,8 @@ class Backend(ABC):
     """The format that `build` makes of a kit, where there is a build."""
     tokenizer_package: ClassVar[str] = ""
     """The pip package that its graphs of tokenizers are made with (`--tokenizer-graph`); empty: it makes none."""
+    writes_text: ClassVar[bool] = False
+    """Whether it exports language models with their cache of keys and values, for a `Runner.decoder`."""
     properties: ClassVar[frozenset[str]] = frozenset()
     """Compile properties that a manifest may hand to the runtime. Artifacts come from anybody, and runtimes have
     properties that name files to read or folders to write."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from .base import Runner
+from .decoder import Decoder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,6 +49,9 @@ class FittedRunner(Runner):
                 "Ask for a --batch-size and a --sequence-length within that, or export it with others.",
             )
         return self._runner.prepare(batch)
+
+    def decoder(self) -> Decoder:
+        return self._runner.decoder()
 
     def close(self) -> None:
         self._runner.close()

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..environment import available_cpus, installed_version, is_importable
 from ..errors import BackendUnavailable, InputError, UsageError
-from .base import Availability, Backend, ExportJob, Runner, feed_of
+from .base import Availability, Backend, ExportJob, Runner
+from .decoder import Decoder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +34,8 @@ class OnnxRunner(Runner):
     def __init__(self, graph: Path, threads: int | None = None, properties: Mapping[str, str] | None = None) -> None:
         import onnxruntime
 
+        from ..exporters.kv_cache import PRESENT_OUTPUTS
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or available_cpus()
         options.inter_op_num_threads = 1
@@ -48,8 +51,9 @@ class OnnxRunner(Runner):
             raise BackendUnavailable(
                 f"ONNX Runtime's CPU cannot run {graph.name}: {str(error).splitlines()[0]}"
             ) from error
-        self._inputs = [value.name for value in self._session.get_inputs()]
-        self._outputs = [value.name for value in self._session.get_outputs()]
+        outputs = [value.name for value in self._session.get_outputs()]
+        self._outputs = [name for name in outputs if not name.startswith(PRESENT_OUTPUTS)]
+        self._keeps = len(self._outputs) < len(outputs)
         self.properties = {
             "runtime": f"onnxruntime {onnxruntime.__version__}",
             "providers": ", ".join(self._session.get_providers()),
@@ -87,7 +91,54 @@ class OnnxRunner(Runner):
         return call
 
     def _feed(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        return feed_of(batch, self._inputs)
+        from ..exporters.kv_cache import feed_whole_texts
+
+        return feed_whole_texts(self._session.get_inputs(), batch)
+
+    def decoder(self) -> Decoder:
+        return _OnnxDecoder(self._session) if self._keeps else super().decoder()
+
+
+class _OnnxDecoder(Decoder):
+    """What a step hands out of the cache is what the next one is given, where it lies: nothing is copied by us."""
+
+    def __init__(self, session: Any) -> None:
+        from ..exporters.kv_cache import PAST_INPUTS
+
+        self._session = session
+        self._past = [spec for spec in session.get_inputs() if spec.name.startswith(PAST_INPUTS)]
+        self._inputs = [spec.name for spec in session.get_inputs()]
+        self._outputs = [value.name for value in session.get_outputs()]
+        self._cache: dict[str, Any] = {}
+
+    def start(self, rows: int) -> None:
+        from onnxruntime import OrtValue
+
+        from ..exporters.kv_cache import empty_cache
+
+        empty = empty_cache(self._past, rows)
+        self._cache = {name: OrtValue.ortvalue_from_numpy(value) for name, value in empty.items()}
+
+    def step(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        from ..exporters.kv_cache import PAST_INPUTS, PRESENT_OUTPUTS
+
+        binding = self._session.io_binding()
+        for name, value in (("input_ids", ids), ("attention_mask", mask), ("position_ids", positions)):
+            if name in self._inputs:
+                binding.bind_cpu_input(name, value)
+        for name, kept in self._cache.items():
+            binding.bind_ortvalue_input(name, kept)
+        for name in self._outputs:
+            binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        found = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        logits: np.ndarray = found["logits"].numpy()[:, -1].astype("float32", copy=False)
+        kept = {name: value for name, value in found.items() if name.startswith(PRESENT_OUTPUTS)}
+        self._cache = {PAST_INPUTS + name.removeprefix(PRESENT_OUTPUTS): value for name, value in kept.items()}
+        return logits
+
+    def cache_bytes(self) -> int:
+        return sum(value.numpy().nbytes for value in self._cache.values())
 
 
 class TwinRunner(OnnxRunner):
@@ -131,6 +182,7 @@ class OnnxBackend(Backend):
     precisions = ("fp32", "fp16", "bf16", "int8", "int8-weight-only", "int4-weight-only")
     formats = ("onnx",)
     properties = frozenset({"session.force_spinning_stop"})
+    writes_text = True
     tokenizer_package = "onnxruntime-extensions"
 
     @classmethod
@@ -148,6 +200,7 @@ class OnnxBackend(Backend):
     def export(self, job: ExportJob, folder: Path) -> ExportedProgram:
         from ..exporters import onnx as exporter
         from ..exporters.float_range import float16_evidence
+        from ..exporters.kv_cache import CachedTrace, keeps_cache, without_cache
         from ..exporters.options import OnnxOptions, checked_options
         from ..exporters.precision import HALF_DTYPES, half_precision
         from ..exporters.program import ExportedProgram
@@ -161,13 +214,15 @@ class OnnxBackend(Backend):
             )
         if precision == "int8":
             exporter.require_calibration(job.calibration)
+        trace = CachedTrace.of(job.checkpoint) if keeps_cache(job.checkpoint, job.settings) else None
         job.progress("tracing the graph")
         dtype = HALF_DTYPES.get(precision)
         with half_precision(job.checkpoint.module, dtype) if dtype is not None else nullcontext():
-            exported = exporter.export_graph(job.checkpoint, job.settings, options)
+            exported = exporter.export_graph(job.checkpoint, job.settings, options, trace)
         if precision == "int8":
             job.progress("calibrating int8")
-            exporter.quantize_int8(exported, job.calibration)
+            batches = [trace.on_empty_cache(batch) for batch in job.calibration] if trace else job.calibration
+            exporter.quantize_int8(exported, batches)
         elif precision in WEIGHT_ONLY:
             job.progress("quantising the weights")
             exporter.quantize_weights_only(exported, precision, options)
@@ -180,11 +235,12 @@ class OnnxBackend(Backend):
         graph = exported.program.graph
         return ExportedProgram(
             format="onnx",
-            inputs=exporter.tensor_specs(graph.inputs),
-            outputs=exporter.tensor_specs(graph.outputs),
+            inputs=without_cache(exporter.tensor_specs(graph.inputs)),
+            outputs=without_cache(exporter.tensor_specs(graph.outputs)),
             unverified=_NO_BF16 if precision == "bf16" else None,
             stand_in="its float32 twin" if precision == "bf16" else None,
             evidence=evidence,
+            cache=trace.facts("f16" if precision == "fp16" else "f32") if trace else None,
         )
 
     def export_tokenizer(self, tokens: TextTokens, folder: Path) -> Tokenize:

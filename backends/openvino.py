@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..environment import available_cpus, cache_folder, installed_version, is_importable
 from ..errors import BackendUnavailable, InputError
-from .base import Availability, Backend, ExportJob, Runner, feed_of
+from .base import Availability, Backend, ExportJob, Runner
+from .decoder import Decoder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +47,8 @@ class OpenVINORunner(Runner):
     ) -> None:
         import openvino
 
+        from ..exporters.kv_cache import ROWS
+
         # Without properties of its own a program runs as the plug-in pleases, but for the number of threads.
         latency = {"PERFORMANCE_HINT": "LATENCY"} if properties else {}
         wanted = {**latency, "INFERENCE_NUM_THREADS": str(threads or available_cpus()), **properties}
@@ -58,16 +61,18 @@ class OpenVINORunner(Runner):
             name = graph.name if isinstance(graph, Path) else "the program"
             raise BackendUnavailable(f"OpenVINO cannot compile {name}: {_last_line(error)}") from error
         self._request = compiled.create_infer_request()
-        self._inputs = [port.get_any_name() for port in compiled.inputs]
+        self._inputs = [port.get_any_name() for port in compiled.inputs if port.get_any_name() != ROWS]
+        self._keeps = len(self._inputs) < len(compiled.inputs)
         self._outputs = [port.get_any_name() for port in compiled.outputs]
         read_back = {name: _text(compiled.get_property(name)) for name in _READ_BACK}
         self.properties = {"runtime": f"openvino {openvino.__version__}", **read_back}
         self.properties["threads"] = self.properties["INFERENCE_NUM_THREADS"]
 
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        feed = feed_of(batch, self._inputs)
         try:
-            values = self._request.infer(feed, share_inputs=True)
+            if self._keeps:
+                self._request.reset_state()
+            values = self._request.infer(self._feed(batch), share_inputs=True)
         except RuntimeError as error:
             shape = tuple(next(iter(batch.values())).shape)
             raise InputError(f"The program does not take inputs of shape {shape}: {_last_line(error)}") from error
@@ -76,10 +81,56 @@ class OpenVINORunner(Runner):
     def prepare(self, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
         import openvino
 
-        for name in self._inputs:
-            self._request.set_tensor(name, openvino.Tensor(batch[name].numpy().copy()))
+        for name, value in self._feed(batch).items():
+            self._request.set_tensor(name, openvino.Tensor(value.copy()))
         infer: Callable[[], object] = self._request.infer
-        return infer
+        forget = self._request.reset_state
+
+        def read() -> object:
+            forget()
+            return infer()
+
+        return read if self._keeps else infer
+
+    def _feed(self, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        from ..exporters.kv_cache import feed_of
+
+        feed = feed_of(batch, self._inputs)
+        return {**feed, **_in_place(len(next(iter(feed.values()))))} if self._keeps else feed
+
+    def decoder(self) -> Decoder:
+        return _OpenVINODecoder(self._request, self._inputs) if self._keeps else super().decoder()
+
+
+class _OpenVINODecoder(Decoder):
+    """The cache is state of the infer request."""
+
+    def __init__(self, request: Any, inputs: Sequence[str]) -> None:
+        self._request, self._inputs = request, inputs
+        self._rows = _in_place(0)
+
+    def start(self, rows: int) -> None:
+        self._request.reset_state()
+        self._rows = _in_place(rows)
+
+    def step(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        feed = {name: given[name] for name in self._inputs}
+        found = self._request.infer({**feed, **self._rows}, share_inputs=True, share_outputs=True)
+        logits: np.ndarray = found["logits"][:, -1].astype("float32", copy=False)
+        return logits
+
+    def cache_bytes(self) -> int:
+        return sum(int(state.state.get_byte_size()) for state in self._request.query_state())
+
+
+def _in_place(rows: int) -> dict[str, np.ndarray]:
+    """Every text keeps its row of the cache (a beam search would move them)."""
+    import numpy as np
+
+    from ..exporters.kv_cache import ROWS
+
+    return {ROWS: np.arange(rows, dtype=np.int32)}
 
 
 def _text(value: Any) -> str:
@@ -101,7 +152,8 @@ class OpenVINOBackend(Backend):
     summary = "OpenVINO IR, run by its CPU plug-in"
     precisions = ("fp32", "bf16", "fp16", "int8", "int8-weight-only", "int4-weight-only", "native")
     formats = ("openvino",)
-    properties = frozenset({"INFERENCE_PRECISION_HINT"})
+    properties = frozenset({"INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION"})
+    writes_text = True
     tokenizer_package = "openvino-tokenizers"
 
     @classmethod
@@ -120,6 +172,7 @@ class OpenVINOBackend(Backend):
 
     def export(self, job: ExportJob, folder: Path) -> ExportedProgram:
         from ..exporters import openvino as exporter
+        from ..exporters.kv_cache import CachedTrace, keeps_cache, with_rows, without_cache
         from ..exporters.onnx import require_calibration
         from ..exporters.options import OpenVINOOptions, checked_options
         from ..exporters.program import ExportedProgram
@@ -131,24 +184,28 @@ class OpenVINOBackend(Backend):
         if precision == "int8":
             require_calibration(job.calibration)
         evidence: dict[str, Any] = {}
+        trace = CachedTrace.of(job.checkpoint) if keeps_cache(job.checkpoint, job.settings) else None
         job.progress("tracing the graph")
-        exported = exporter.export_graph(job.checkpoint, job.settings)
+        exported = exporter.export_graph(job.checkpoint, job.settings, trace)
+        batches = [with_rows(batch) for batch in job.calibration] if trace else job.calibration
         if precision in WEIGHT_ONLY:
             job.progress("quantising the weights")
             exporter.quantize_weights_only(exported, precision, options)
         elif precision == "int8" and job.floor is not None:
             job.progress("calibrating int8, with accuracy control")
-            evidence["accuracy control"] = exporter.quantize_to_floor(exported, job.calibration, job.floor)
+            evidence["accuracy control"] = exporter.quantize_to_floor(exported, batches, job.floor)
         elif precision == "int8":
             job.progress("calibrating int8")
-            exporter.quantize_int8(exported, job.calibration)
+            exporter.quantize_int8(exported, batches)
         exported.save_pretrained(folder)
+        kept = exporter.cache_properties(precision, options) if trace else {}
         return ExportedProgram(
             format="openvino",
-            inputs=exporter.tensor_specs(exported.program.inputs),
-            outputs=exporter.tensor_specs(exported.program.outputs),
-            compile_properties=exporter.COMPILE_PROPERTIES[precision],
+            inputs=without_cache(exporter.tensor_specs(exported.program.inputs)),
+            outputs=without_cache(exporter.tensor_specs(exported.program.outputs)),
+            compile_properties={**exporter.COMPILE_PROPERTIES[precision], **kept},
             evidence=evidence,
+            cache=trace.facts(kept[exporter.CACHE_PRECISION]) if trace else None,
             biases_corrected=precision == "int8",
         )
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..environment import available_cpus
+from ..exporters.kv_cache import POSITIONS
 from ..models.checkpoint import Checkpoint
 from .base import Runner
+from .decoder import Decoder
 
 
 class EagerRunner(Runner):
@@ -36,3 +40,35 @@ class EagerRunner(Runner):
                 return module(**inputs)
 
         return call
+
+    def decoder(self) -> Decoder:
+        return _EagerDecoder(self._checkpoint)
+
+
+class _EagerDecoder(Decoder):
+    """transformers' own cache, and the model as its `generate` calls it: logits of the last token alone."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._model = checkpoint.model
+        accepted = inspect.signature(self._model.forward).parameters
+        self._flags = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._positions = POSITIONS in accepted
+        self._cache: Any = None
+
+    def start(self, rows: int) -> None:
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache(config=self._model.config)
+
+    @torch.inference_mode()
+    def step(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        device = self._model.device
+        inputs = {"input_ids": ids, "attention_mask": mask, **({POSITIONS: positions} if self._positions else {})}
+        given = {name: torch.from_numpy(value).to(device) for name, value in inputs.items()}
+        found = self._model(**given, past_key_values=self._cache, use_cache=True, **self._flags)
+        logits: np.ndarray = found.logits[:, -1].float().cpu().numpy()
+        return logits
+
+    def cache_bytes(self) -> int:
+        kept = [side for layer in self._cache.layers for side in (layer.keys, layer.values)] if self._cache else []
+        return sum(side.numel() * side.element_size() for side in kept if side is not None)

@@ -134,6 +134,14 @@ def print_json(value: Any) -> None:
         _discard(sys.stdout.fileno())
 
 
+def show_text(text: str) -> None:
+    """Write a piece of text to standard output as it is, at once."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        _discard(sys.stdout.fileno())
+
+
 def show(result: RenderableType) -> None:
     """Print a result for people to standard output; a line of text is not broken, so that it can be copied."""
     out.print(result, soft_wrap=isinstance(result, str))

@@ -68,6 +68,9 @@ Examples:
 @click.option(
     "--tokenizer-graph", is_flag=True, help="Write the tokenizer as a graph too, so that the runtime takes text."
 )
+@click.option(
+    "--no-kv-cache", is_flag=True, help="Of a language model: score texts only, without the cache that writing needs."
+)
 @click.option("--kit-only", is_flag=True, help="Write the build kit alone where the engine could be built at once.")
 @model_options
 @column_option
@@ -75,8 +78,9 @@ Examples:
 @json_option
 def command(
     checkpoint: str, backend: str, precision: str | None, calibration: str | None, validation: str | None,
-    batch: str | None, sequence: str | None, options: tuple[str, ...], kit_only: bool, task: str | None,
-    trust_remote_code: bool, columns: tuple[str, ...], out: str, overwrite: bool, as_json: bool, **settings: object,
+    batch: str | None, sequence: str | None, options: tuple[str, ...], no_kv_cache: bool, kit_only: bool,
+    task: str | None, trust_remote_code: bool, columns: tuple[str, ...], out: str, overwrite: bool, as_json: bool,
+    **settings: object,
 ) -> None:  # fmt: skip
     """Compile CHECKPOINT (a folder or hub id) into an artifact.
 
@@ -100,7 +104,7 @@ def command(
         raise UsageError(f"The backend {backend} has no kits: nothing of it is built.", "Leave out --kit-only.")
     shapes = checked(ShapeRange, {**sizes("batch", batch), **sizes("sequence", sequence)})
     named = chosen.default_precision if automatic or precision is None else precision
-    values = {**settings, "backend": backend, "precision": named, "shapes": shapes}
+    values = {**settings, "backend": backend, "precision": named, "shapes": shapes, "kv_cache": not no_kv_cache}
     wanted = checked(ExportSettings, {**values, "options": yaml_pairs(options, "--option")})
     backend_for(wanted)
     check_output_folder(Path(out), overwrite)

@@ -31,6 +31,7 @@ VERBS = {
     "verify": "Check what an artifact's files prove, without running it.",
     "validate": "Hold artifacts against their teacher and write a report.",
     "bisect": "Find the module where an artifact parts from its model.",
+    "generate": "Write text with a language model or its artifact.",
     "bench": "Time models and artifacts side by side.",
     "gate": "Apply gates to a report; the exit code is the answer.",
     "diff": "Show what changed from one report to the next.",

@@ -21,6 +21,17 @@ MANIFEST_FILE = "manifest.json"
 MANIFEST_SCHEMA = 1
 
 
+class CacheFacts(BaseModel):
+    """The keys and values that a program keeps of what it has read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    precision: str
+    """What they are stored in, as its runtime names it."""
+    values_per_token: int
+    """Numbers that are kept of each token of each text, all layers together."""
+
+
 class TensorSpec(BaseModel):
     """One input or output of the program; `None` in a shape is an axis that varies."""
 
@@ -83,6 +94,8 @@ class Manifest(BaseModel):
     max_length: int
     compile_properties: dict[str, str] = Field(default_factory=dict)
     """What the runtime must be given so that the program is what its precision says."""
+    cache: CacheFacts | None = None
+    """What a program that writes text keeps of what it has read; `None`: it keeps nothing, and writes none."""
     sparse_layers: list[SparseLayer] = Field(default_factory=list)
     checks: list[CheckRecord] = Field(default_factory=list)
     evidence: dict[str, Any] = Field(default_factory=dict)

@@ -21,6 +21,7 @@ import torch
 from ..errors import ExportMismatch
 from ..models.checkpoint import Checkpoint
 from .inputs import longest, probe_batch
+from .kv_cache import feed_whole_texts
 from .node_scopes import module_of
 from .settings import ShapeRange
 
@@ -108,10 +109,10 @@ def measure_ranges(model: onnx_ir.Model, batches: Iterable[Mapping[str, torch.Te
     with tempfile.TemporaryDirectory() as folder:
         path = write_graph(twin, Path(folder))
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        names = [value.name for value in session.get_inputs()]
+        inputs = session.get_inputs()
         largest = dict.fromkeys(watched, 0.0)
         for batch in batches:
-            values = session.run([_PREFIX + name for name in watched], {name: batch[name].numpy() for name in names})
+            values = session.run([_PREFIX + name for name in watched], feed_whole_texts(inputs, batch))
             for name, value in zip(watched, values, strict=True):
                 # A NaN here comes from infinities that met: as far beyond the range as can be.
                 seen = float("inf") if value != value else float(value)

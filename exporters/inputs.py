@@ -25,9 +25,11 @@ def random_ids(vocabulary: int, batch: int, sequence: int, seed: int = 0) -> tor
 
 
 def random_batch(input_names: Sequence[str], vocabulary: int, shape: tuple[int, int], seed: int) -> Batch:
-    """Random ids without padding, int64 [batch, sequence] by input name; whatever is neither ids nor mask is 0."""
+    """Random ids without padding, int64 [batch, sequence] by input name; whatever is neither ids, mask nor positions is
+    0."""
     ids = random_ids(vocabulary, *shape, seed)
-    named = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    positions = torch.arange(shape[1]).expand_as(ids)
+    named = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
     return {name: named.get(name, torch.zeros_like(ids)) for name in input_names}
 
 

@@ -21,6 +21,7 @@ from .artifact import TensorSpec
 from .constant_weights import fold_weights
 from .float8 import float8_step
 from .inputs import dynamic_shapes, sample_inputs
+from .kv_cache import CachedTrace
 from .node_scopes import module_of
 from .onnx_weight_only import quantize_weights, weights_of_embeddings, weights_of_matrices
 from .options import OnnxOptions
@@ -70,21 +71,28 @@ def quiet_exporters() -> Iterator[None]:
         logging.root.handlers[:] = handlers  # ONNX Runtime's quantiser configures the root logger when it is imported
 
 
-def export_graph(checkpoint: Checkpoint, settings: ExportSettings, options: OnnxOptions | None = None) -> ExportedModel:
+def export_graph(
+    checkpoint: Checkpoint,
+    settings: ExportSettings,
+    options: OnnxOptions | None = None,
+    trace: CachedTrace | None = None,
+) -> ExportedModel:
     """Trace the checkpoint's module into an ONNX graph whose weights carry their parameters' names.
 
-    Batch and sequence vary within `settings.shapes`; every other axis is fixed.
+    Batch and sequence vary within `settings.shapes`, and so does what the cache of a `trace` holds; every other axis is
+    fixed.
     """
     from transformers.exporters import OnnxConfig, OnnxExporter
 
     options = options or OnnxOptions()
     config = OnnxConfig(
         opset_version=options.opset,
-        dynamic_shapes=dynamic_shapes(checkpoint, settings.shapes),
+        dynamic_shapes=trace.varying if trace else dynamic_shapes(checkpoint, settings.shapes),
         ort_fusions="cpu" if options.fusions else None,
     )
+    inputs = dict(trace.inputs) if trace else sample_inputs(checkpoint, settings.shapes)
     with quiet_exporters(), failures_named(checkpoint.module, options.opset):
-        exported = OnnxExporter().export(checkpoint.module, sample_inputs(checkpoint, settings.shapes), config)
+        exported = OnnxExporter().export(checkpoint.module, inputs, config)
     if settings.precision in WEIGHT_ONLY:
         fold_weights(exported.program)  # the head of tied embeddings has a matrix of its own then
     name_weights(exported.program, checkpoint.module)
@@ -132,7 +140,7 @@ def quantize_weights_only(exported: ExportedModel, precision: Precision, options
         component.program = quantize_weights(component.program, bits, options.group_size)
 
 
-def quantize_int8(exported: ExportedModel, calibration: Sequence[Mapping[str, torch.Tensor]]) -> None:
+def quantize_int8(exported: ExportedModel, calibration: Sequence[Mapping[str, Any]]) -> None:
     """Static int8 by ONNX Runtime's quantiser (Q/DQ nodes), calibrated on real batches: unsigned activations and
     signed weights per channel, the pair that VNNI instructions multiply. What a product hands on stays float: its range
     is the widest there is, and rounding it gains nothing."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, LimbeckError, first_line
+from .kv_cache import PAST_INPUTS
 from .layer_facts import ProgramFacts
 from .sparsity import table_uses, weight_uses
 
@@ -113,8 +114,12 @@ def _at_shape(model: onnx.ModelProto, batch: int, sequence: int) -> onnx.ModelPr
 
     del model.graph.value_info[:]
     for value in model.graph.input:
-        for dimension, size in zip(value.type.tensor_type.shape.dim, (batch, sequence), strict=False):
-            dimension.dim_value = size
+        axes = value.type.tensor_type.shape.dim
+        axes[0].dim_value = batch
+        if value.name.startswith(PAST_INPUTS):
+            axes[2].dim_value = 0  # a whole text is read onto an empty cache
+        elif len(axes) > 1:
+            axes[1].dim_value = sequence
     for value in model.graph.output:
         value.type.tensor_type.ClearField("shape")
     return shape_inference.infer_shapes(model, data_prop=True)

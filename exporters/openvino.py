@@ -17,6 +17,7 @@ from ..models.batching import Run
 from ..models.checkpoint import Checkpoint
 from .artifact import TensorSpec
 from .inputs import dynamic_shapes, longest, sample_inputs
+from .kv_cache import CachedTrace
 from .onnx import quiet_exporters
 from .openvino_scopes import name_module_outputs, recorded_scopes
 from .parameter_names import TRANSPOSED, ParameterNames, rows_of
@@ -47,15 +48,28 @@ COMPILE_PROPERTIES: dict[Precision, dict[str, str]] = {
     "native": {},
 }
 
+CACHE_PRECISION = "KV_CACHE_PRECISION"
 
-def export_graph(checkpoint: Checkpoint, settings: ExportSettings) -> ExportedModel:
-    """Trace the checkpoint's module into an `openvino.Model` whose weights carry their parameters' names."""
+
+def cache_properties(precision: Precision, options: OpenVINOOptions) -> dict[str, str]:
+    """What keys and values are stored in: what the program computes in, unless the options say otherwise. The plug-in's
+    own choice is u8."""
+    computed = COMPILE_PROPERTIES[precision].get("INFERENCE_PRECISION_HINT", "u8")
+    return {CACHE_PRECISION: options.kv_cache_precision or computed}
+
+
+def export_graph(checkpoint: Checkpoint, settings: ExportSettings, trace: CachedTrace | None = None) -> ExportedModel:
+    """Trace the checkpoint's module into an `openvino.Model` whose weights carry their parameters' names; the cache of
+    a `trace` is state of the program."""
     from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 
-    config = OpenVINOConfig(dynamic_shapes=dynamic_shapes(checkpoint, settings.shapes), stateful=False)
+    shapes = trace.varying if trace else dynamic_shapes(checkpoint, settings.shapes)
+    inputs = dict(trace.inputs) if trace else sample_inputs(checkpoint, settings.shapes)
+    config = OpenVINOConfig(dynamic_shapes=shapes, stateful=trace is not None)
     with quiet_exporters(), failures_named(checkpoint.module), recorded_scopes() as scopes:
-        exported = OpenVINOExporter().export(checkpoint.module, sample_inputs(checkpoint, settings.shapes), config)
-    _bound_shapes(exported.program, checkpoint, settings.shapes)
+        exported = OpenVINOExporter().export(checkpoint.module, inputs, config)
+    if trace is None:
+        _bound_shapes(exported.program, checkpoint, settings.shapes)
     name_weights(exported.program, checkpoint.module)
     name_module_outputs(exported.program, scopes)
     if settings.precision == "fp16":
@@ -190,9 +204,11 @@ def compiled(model: Any) -> Any:
 def run_of(program: Any) -> Run:
     """A compiled model as whatever else computes a batch's outputs."""
     inputs, outputs = ([port.get_any_name() for port in ports] for ports in (program.inputs, program.outputs))
+    request = program.create_infer_request()
 
     def run(batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        values = program({name: batch[name].numpy() for name in inputs})
+        request.reset_state()
+        values = request.infer({name: batch[name].numpy() for name in inputs})
         return {name: values[name].astype("float32") for name in outputs}
 
     return run

@@ -35,17 +35,26 @@ def openvino_facts(
         InputError: an IR that does not parse, or does not take that shape.
     """
     import openvino
+    from openvino._offline_transformations import stateful_to_stateless_transformation
 
     hint = properties.get("INFERENCE_PRECISION_HINT", "")
     computed = _TYPES.get(hint, hint or _CHOSEN)
     try:
         model = openvino.Core().read_model(str(graph))
         products, tables = list(_products(model, computed)), list(_tables(model))
-        model.reshape({port: openvino.PartialShape([batch, sequence]) for port in model.inputs})
+        if model.get_variables():
+            stateful_to_stateless_transformation(model)  # the size of a state is not known
+        model.reshape({port: _reading(port.get_partial_shape(), batch, sequence) for port in model.inputs})
         return ProgramFacts.of(products, tables, _flops_of(model), no_kernels)
     except RuntimeError as error:
         line = [line for line in str(error).splitlines() if line.strip()][-1].strip()
         raise InputError(f"{graph} cannot be read as an OpenVINO IR: {line}") from error
+
+
+def _reading(shape: Any, batch: int, sequence: int) -> list[int]:
+    """Ids and masks are [batch, sequence], a cache that is still empty [batch, heads, 0, size], rows [batch]."""
+    sizes = [batch, sequence] if len(shape) == 2 else [batch]
+    return sizes if len(shape) < 4 else [batch, shape[1].get_length(), 0, shape[3].get_length()]
 
 
 @dataclass(frozen=True)

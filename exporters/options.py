@@ -45,6 +45,9 @@ class OpenVINOOptions(BackendOptions):
     group_size: Literal[16, 32, 64, 128] = Field(
         32, description="Weights that share one scale in int4-weight-only (int8-weight-only has one a channel)."
     )
+    kv_cache_precision: Literal["f32", "bf16", "f16", "u8"] | None = Field(
+        None, description="What a language model keeps keys and values in; what it computes in if not given."
+    )
 
 
 class ProfileShapes(BaseModel):

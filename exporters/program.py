@@ -10,7 +10,7 @@ import numpy as np
 
 from ..models.batching import Run
 from ..models.checkpoint import Checkpoint
-from .artifact import Manifest, SparseLayer, TensorSpec
+from .artifact import CacheFacts, Manifest, SparseLayer, TensorSpec
 from .parameter_names import TRANSPOSED, parts_of, rows_of
 from .settings import ExportSettings
 
@@ -73,6 +73,7 @@ class ExportedProgram:
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     compile_properties: Mapping[str, str] = field(default_factory=dict)
+    cache: CacheFacts | None = None
     sparse_layers: list[SparseLayer] = field(default_factory=list)
     evidence: Mapping[str, Any] = field(default_factory=dict)
     unverified: str | None = None
@@ -96,6 +97,7 @@ class ExportedProgram:
             outputs=self.outputs,
             max_length=min(checkpoint.max_length, settings.shapes.max_sequence),
             compile_properties=dict(self.compile_properties),
+            cache=self.cache,
             sparse_layers=self.sparse_layers,
             evidence=dict(self.evidence),
             unverified=self.unverified,

@@ -69,5 +69,7 @@ class ExportSettings(BaseModel):
     """Share of the checkpoint's own quality that the program keeps, or it is not written."""
     tokenizer_graph: bool = False
     """Whether the tokenizer is written as a graph too, which the runtime runs beside the program."""
+    kv_cache: bool = True
+    """Whether a language model's program keeps keys and values of what it has read, and so writes text."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The backend's own, checked by its `Backend.options`; `limbeck backends NAME` lists them."""

@@ -13,6 +13,7 @@ from ..errors import ExportMismatch, InputError, UsageError
 from ..exporters.artifact import CheckRecord, Manifest, seal
 from ..exporters.fitting import fitted, padded_to
 from ..exporters.inputs import probe_batch, probe_batches, token_stream
+from ..exporters.kv_cache import keeps_cache, require_growing_sizes
 from ..exporters.model_card import write_model_card
 from ..exporters.program import Floor
 from ..exporters.settings import CALIBRATED, QUANTISED, ExportSettings
@@ -144,9 +145,17 @@ def require_numbers(checkpoint: Checkpoint) -> None:
 
 
 def fit_to_model(settings: ExportSettings, checkpoint: Checkpoint) -> ExportSettings:
-    """The settings with sizes that the model has positions for."""
+    """The settings with sizes that the model has positions for, and with a cache where model and backend write text.
+
+    Raises:
+        UsageError: the smallest sequence is longer than the model's longest, or a program with a cache of fixed size.
+    """
+    writes = get_backend(settings.backend).writes_text and keeps_cache(checkpoint, settings)
+    if writes:
+        require_growing_sizes(settings)
     try:
-        return settings.model_copy(update={"shapes": settings.shapes.within(checkpoint.max_length)})
+        fitted_shapes = settings.shapes.within(checkpoint.max_length)
+        return settings.model_copy(update={"shapes": fitted_shapes, "kv_cache": writes})
     except ValueError as error:
         raise UsageError(
             f"The smallest sequence {settings.shapes.min_sequence} is longer than the {checkpoint.max_length} tokens "

@@ -71,6 +71,7 @@ class Target:
             precision=budget.precision or "fp32",
             shapes=shapes,
             calibration_samples=_CALIBRATION_ROWS,
+            kv_cache=False,  # whole texts are timed
         )
         available = backend_for(settings).probe()
         if not available.can_run:

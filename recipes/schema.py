@@ -51,6 +51,8 @@ class Export(RecipePart):
     calibration_samples: int = Field(300, ge=1)
     tokenizer_graph: bool = False
     """Whether the tokenizer is written as a graph too (openvino-tokenizers, onnxruntime-extensions)."""
+    kv_cache: bool = True
+    """Whether a language model's program keeps keys and values of what it has read, and so writes text."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The backend's own (`limbeck backends NAME` lists them)."""
     baseline: bool = False

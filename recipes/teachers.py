@@ -67,7 +67,7 @@ def teacher_runtime(teacher: Checkpoint, runtime: str, progress: Progress = SILE
 def _exported(teacher: Checkpoint, runtime: str) -> Iterator[TeacherCall]:
     """The teacher as a program of one of our backends."""
     shapes = ShapeRange(max_batch=_LARGEST_BATCH, max_sequence=teacher.max_length)
-    settings = ExportSettings(backend=runtime, precision=_PRECISION[runtime], shapes=shapes)
+    settings = ExportSettings(backend=runtime, precision=_PRECISION[runtime], shapes=shapes, kv_cache=False)
     backend_for(settings)
     with (
         TemporaryDirectory(prefix="limbeck-") as folder,
