@@ -205,7 +205,7 @@ class OpenVINOBackend(Backend):
             outputs=without_cache(exporter.tensor_specs(exported.program.outputs)),
             compile_properties={**exporter.COMPILE_PROPERTIES[precision], **kept},
             evidence=evidence,
-            cache=trace.facts(kept[exporter.CACHE_PRECISION]) if trace else None,
+            cache=trace.facts(kept.get(exporter.CACHE_PRECISION, "what the runtime chooses")) if trace else None,
             biases_corrected=precision == "int8",
         )
 

@@ -43,6 +43,7 @@ def write_model_card(manifest: Manifest, folder: Path, terms: Terms) -> None:
         "parameters": manifest.parameters,
         "limbeck": plain(manifest.limbeck),
         "is_kit": manifest.is_kit,
+        "cache": _cache(manifest),
         "tensors": list(_tensors(manifest)),
         "sparsity": _sparsity(manifest),
         "parent_hash": plain(manifest.parent_hash),
@@ -90,6 +91,11 @@ def _tensors(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
     yield from (("input", said(spec)) for spec in manifest.inputs)
     yield from (("output", said(spec)) for spec in manifest.outputs)
+
+
+def _cache(manifest: Manifest) -> str | None:
+    kept = manifest.cache
+    return kept and f"{kept.values_per_token:,} numbers of each token of each text, in {plain(kept.precision)}"
 
 
 def _sparsity(manifest: Manifest) -> str | None:

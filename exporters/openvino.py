@@ -52,10 +52,10 @@ CACHE_PRECISION = "KV_CACHE_PRECISION"
 
 
 def cache_properties(precision: Precision, options: OpenVINOOptions) -> dict[str, str]:
-    """What keys and values are stored in: what the program computes in, unless the options say otherwise. The plug-in's
-    own choice is u8."""
-    computed = COMPILE_PROPERTIES[precision].get("INFERENCE_PRECISION_HINT", "u8")
-    return {CACHE_PRECISION: options.kv_cache_precision or computed}
+    """What keys and values are stored in: what the program computes in, unless the options say otherwise. Left to
+    itself, as `native` leaves it, the plug-in takes u8."""
+    kept = options.kv_cache_precision or COMPILE_PROPERTIES[precision].get("INFERENCE_PRECISION_HINT")
+    return {CACHE_PRECISION: kept} if kept else {}
 
 
 def export_graph(checkpoint: Checkpoint, settings: ExportSettings, trace: CachedTrace | None = None) -> ExportedModel:

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import limbeck
 from limbeck.backends.registry import load_runner
+from limbeck.backends.writing import Writer, WritingSettings
 from limbeck.errors import IntegrityError
 from limbeck.exporters.artifact import Manifest, open_artifact
 from limbeck.exporters.model_card import write_model_card
@@ -59,12 +60,13 @@ class Case:
     precision: str = "fp32"
     shapes: ShapeRange = SMALL
     tokenizer_graph: bool = False
+    kv_cache: bool = False
     uneven: bool = False
     """Its layers differ in size."""
 
     @property
     def name(self) -> str:
-        return f"{self.backend}-{self.precision}-{self.family}-{self.task}"
+        return f"{self.backend}-{self.precision}-{self.family}-{self.task}{'-cache' * self.kv_cache}"
 
 
 CASES = [
@@ -79,6 +81,8 @@ CASES = [
     Case("mpnet", "sentence-similarity", "openvino", "int8", tokenizer_graph=True),
     Case("bert", "fill-mask", "openvino", "fp16", uneven=True, tokenizer_graph=True),
     Case("llama", "text-generation", "openvino", "native"),
+    Case("gpt2", "text-generation", "onnx", tokenizer_graph=True, kv_cache=True),
+    Case("llama", "text-generation", "openvino", "bf16", kv_cache=True),
     Case("distilbert", "text-classification", "tensorrt", "fp16"),
 ]
 
@@ -110,7 +114,7 @@ def artifact(
             checkpoint = uneven(checkpoint)
         settings = ExportSettings.model_validate(
             {"backend": case.backend, "precision": case.precision, "shapes": case.shapes}
-            | {"tokenizer_graph": case.tokenizer_graph}
+            | {"tokenizer_graph": case.tokenizer_graph, "kv_cache": case.kv_cache}
         )
         rows = checkpoint.read(calibration) if case.precision == "int8" else None
         out = tmp_path_factory.mktemp("artifacts") / case.name
@@ -173,6 +177,13 @@ def answer(case: Case, folder: Path) -> str:
     if case.task == "fill-mask":
         tokens, logits = run(f"The capital of France is {tokenizer.mask_token}.")
         return str(tokenizer.decode([logits[tokens["input_ids"].index(tokenizer.mask_token_id)].argmax()])).strip()
+    if case.kv_cache:
+        writer = Writer(runner.decoder(), tokenizer, manifest.max_length)
+        ids = tokenizer("The old man looked at the")["input_ids"]
+        told = WritingSettings(max_new_tokens=min(24, manifest.max_length - len(ids)))
+        tokenizer.eos_token = None  # the examples write on
+        written = [row[0] for row in writer.write([ids], told)]
+        return f"The old man looked at the{tokenizer.decode(written)}"
     tokens, logits = run("The old man looked at the")
     return str(tokenizer.decode([logits[len(tokens["input_ids"]) - 1].argmax()])).strip()
 
@@ -184,7 +195,7 @@ def test_the_cards_programs_run_without_limbeck_and_answer_as_it_does(
     folder = artifact(case)
     expected = answer(case, folder)
     found = programs(folder)
-    assert len(found) == (1 if case.backend == "tensorrt" else 2) + case.tokenizer_graph
+    assert len(found) == (1 if case.backend == "tensorrt" or case.kv_cache else 2) + case.tokenizer_graph
     assert ("transformers" in imports_of(found[-1])) != case.tokenizer_graph
     printed_by = run_alone(found, folder, tmp_path)
     assert len(printed_by) == len(found)
@@ -207,6 +218,8 @@ def test_the_cards_programs_run_without_limbeck_and_answer_as_it_does(
 def read_by_people(case: Case, folder: Path, printed: str) -> str:
     """What a program without transformers prints, in the words of those with it."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    if case.kv_cache:
+        return f"The old man looked at the{tokenizer.decode(ast.literal_eval(printed))}"
     if case.task != "token-classification":
         return str(tokenizer.decode([int(printed)])).strip()
     words = ["Anna", "and", "Peter", "opened", "a", "bakery", "in", "Prague", "."]
