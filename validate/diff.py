@@ -15,9 +15,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from . import mover
 from .comparability import Comparability, Difference
-from .report import Candidate, Latency, Metric, Report, Slice, Verdict, short_number
+from .records.report import Candidate, Latency, Metric, Report, Slice, Verdict, short_number
+from .statistics import mover
 
 Meaning = Literal["better", "worse", "no clear change", "changed", "equal", "not comparable"]
 
