@@ -2,7 +2,7 @@
 
 A figure with a 95% interval on both sides is better or worse when the interval of the difference excludes 0, and shows
 no clear change otherwise. Two reports keep no values by example, so the two intervals are treated as independent and
-added in square (`validate.mover`: Newcombe 1998; Zou and Donner 2008). Where an interval is lacking, figures are told
+added in square (`statistics.mover`: Newcombe 1998; Zou and Donner 2008). Where an interval is lacking, figures are told
 as changed or equal, which judges nothing.
 """
 

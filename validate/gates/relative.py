@@ -17,7 +17,7 @@ from ..records.report import REFERENCE_WORDS, Candidate, Gate, Metric, Report, S
 from ..statistics import mover
 
 _PAIRED = {"ratio": ("_kept", "_ratio"), "difference": ("_difference",)}
-"""How metrics end that compare candidate and teacher example by example (`validate.quality`)."""
+"""How metrics end that compare candidate and teacher example by example (`metrics.quality`)."""
 
 
 @dataclass(frozen=True)
