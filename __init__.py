@@ -16,7 +16,7 @@ _LAZY = {
     "load_checkpoint": ".models.checkpoint",
     "export": ".recipes.steps",
     "load_runner": ".backends.registry",
-    "load_report": ".validate.report",
+    "load_report": ".validate.records.report",
 }
 __all__ = ["__version__", *_LAZY]
 

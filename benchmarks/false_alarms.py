@@ -34,13 +34,13 @@ from limbeck.backends.registry import load_runner
 from limbeck.exporters.settings import ExportSettings
 from limbeck.models.checkpoint import load_checkpoint
 from limbeck.recipes.steps import export
-from limbeck.validate.drafts import MetricDraft, compared_shares, share_figure
-from limbeck.validate.gates import apply_gates, judge
-from limbeck.validate.measurement import examples_for, set_standard
+from limbeck.validate.gates.applying import apply_gates, judge
+from limbeck.validate.metrics.drafts import MetricDraft, compared_shares, share_figure
+from limbeck.validate.metrics.quality import metric_drafts
 from limbeck.validate.predictions import Predictions, predict
-from limbeck.validate.quality import metric_drafts
-from limbeck.validate.report import Candidate, Gate, Metric, Report, Slice
-from limbeck.validate.statistics import newcombe_interval
+from limbeck.validate.records.report import Candidate, Gate, Metric, Report, Slice
+from limbeck.validate.standard import examples_for, set_standard
+from limbeck.validate.statistics.intervals import newcombe_interval
 
 SIZES = (300, 1500, 5000)
 SLICES, IN_A_SLICE = 20, 250

@@ -28,7 +28,7 @@ from limbeck.models.checkpoint import Checkpoint, load_checkpoint
 from limbeck.models.data import Data
 from limbeck.recipes import exporting
 from limbeck.recipes.steps import ValidationAsked, export, validate
-from limbeck.validate.report import Gate, Report
+from limbeck.validate.records.report import Gate, Report
 
 ROWS = 100
 ARTIFACTS = (("onnx", "fp32"), ("onnx", "int8"), ("openvino", "int8"))

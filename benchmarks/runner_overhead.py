@@ -24,7 +24,7 @@ from limbeck.exporters.inputs import probe_batch
 from limbeck.exporters.settings import ExportSettings
 from limbeck.models.checkpoint import load_checkpoint
 from limbeck.recipes.steps import export
-from limbeck.validate.latency_worker import timed, warm_up
+from limbeck.validate.performance.worker import timed, warm_up
 
 _ARTIFACTS = (("onnx", "fp32"), ("onnx", "int4-weight-only"), ("openvino", "fp32"), ("openvino", "int8-weight-only"))
 _SHAPES = ((1, 16), (1, 128), (8, 64))

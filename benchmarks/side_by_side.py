@@ -17,7 +17,8 @@ from limbeck.models.data import Data
 from limbeck.recipes.progress import Progress
 from limbeck.recipes.steps import distill
 from limbeck.recipes.teachers import teacher_runtime
-from limbeck.validate.measurement import measure_checkpoint, set_standard
+from limbeck.validate.measurement import measure_checkpoint
+from limbeck.validate.standard import set_standard
 
 METRICS = (
     "spearman", "spearman_kept", "recall_at_1", "recall_at_1_kept", "agreement_spearman", "cosine_mean",

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from limbeck.validate.quality import measure_quality
+from limbeck.validate.metrics.quality import measure_quality
 
 TAGS = ["O", *(f"{head}-{kind}" for kind in ("PER", "LOC", "ORG") for head in "BI")]
 TOKENS = 128

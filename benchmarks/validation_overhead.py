@@ -26,8 +26,9 @@ from limbeck.backends.onnx import OnnxRunner
 from limbeck.backends.openvino import OpenVINORunner
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint
 from limbeck.recipes.steps import validate
-from limbeck.validate import attribution, measurement
-from limbeck.validate.latency_worker import peak_memory_mb
+from limbeck.validate import measurement
+from limbeck.validate.attribution import points
+from limbeck.validate.performance.worker import peak_memory_mb
 
 WARM_UP = 64
 _depth: dict[str, int] = defaultdict(int)
@@ -73,7 +74,7 @@ def _validate_here(options: argparse.Namespace) -> dict[str, float]:
     data = teacher.read(options.data / "sst2" / "train.jsonl.gz").head(options.one)
     for owner, name in ((Checkpoint, "run"), (OnnxRunner, "__call__"), (OpenVINORunner, "__call__")):
         setattr(owner, name, _timed("models", getattr(owner, name)))
-    for room, name in ((measurement, "measure_quality"), (attribution, "paired_difference")):
+    for room, name in ((measurement, "measure_quality"), (points, "paired_difference")):
         setattr(room, name, _timed("statistics", getattr(room, name)))
     begun = time.perf_counter()
     validate({"artifact": options.artifact}, teacher, data)

@@ -10,7 +10,7 @@ import click
 from .options import TASK_NAMES, checked, existing, json_option
 
 if TYPE_CHECKING:
-    from ..validate.scenarios import ScenarioSettings
+    from ..validate.performance.scenarios import ScenarioSettings
 
 SCENARIO_NAMES = ("single-stream", "multi-stream", "offline", "server")
 EXAMPLES = """
@@ -50,7 +50,7 @@ def command(
     --against. MLPerf's scenarios follow, one after the other.
     """
     from ..files import check_output_folder, staged_folder
-    from ..validate.latency import BenchSettings
+    from ..validate.performance.latency import BenchSettings
     from .console import done, print_json, show, working
 
     if out is not None:
@@ -96,7 +96,7 @@ def _scenarios(names: str | None, **asked: float | None) -> ScenarioSettings | N
         UsageError: a name that there is not, or an option without a scenario.
     """
     from ..errors import UsageError, did_you_mean
-    from ..validate.scenarios import ScenarioSettings
+    from ..validate.performance.scenarios import ScenarioSettings
 
     if names is None:
         given = [name for name, value in asked.items() if value is not None]
@@ -115,7 +115,7 @@ def _scenarios(names: str | None, **asked: float | None) -> ScenarioSettings | N
 
 
 def _figures(candidate: object) -> dict[str, object]:
-    from ..validate.report import Candidate
+    from ..validate.records.report import Candidate
 
     assert isinstance(candidate, Candidate)
     latency = candidate.latencies[0]

@@ -29,8 +29,8 @@ def command(old: str, new: str, markdown: bool, as_json: bool) -> None:
     """
     from ..errors import UsageError
     from ..validate.diff import compare_reports
+    from ..validate.records.report import load_report
     from ..validate.rendering import render_diff_markdown, render_diff_table
-    from ..validate.report import load_report
     from .console import print_json, show
 
     if markdown and as_json:

@@ -40,9 +40,9 @@ def command(
     in each of these cases.
     """
     from ..files import write_text
-    from ..validate.gates import apply_gates, load_gates, raise_for_verdict
+    from ..validate.gates.applying import apply_gates, load_gates, raise_for_verdict
+    from ..validate.records.report import load_report
     from ..validate.rendering import render_gate_summary, render_junit, render_table
-    from ..validate.report import load_report
     from .console import print_json, show
 
     files = {option: _file(option, path) for option, path in (("--junit", junit), ("--markdown", markdown)) if path}

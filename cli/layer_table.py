@@ -27,7 +27,7 @@ def layer_tables(summary: dict[str, Any]) -> Iterator[Table | str]:
 def _table(layers: list[dict[str, Any]], tables: list[dict[str, Any]], shared: str) -> Table:
     from rich.table import Column, Table
 
-    from ..validate.report import size_text
+    from ..validate.records.report import size_text
 
     width = min(max(len(layer["layer"]) for layer in (*tables, *layers)), _WIDEST_NAME)
     plain = [Column("layer", overflow="fold", min_width=width), Column("in x out", justify="right", no_wrap=True),

@@ -33,7 +33,7 @@ def execute(recipe_path: Path, out: str | None, as_json: bool) -> None:
     """Run a recipe and show what came of it."""
     from ..recipes.runner import RecipeRun
     from ..recipes.schema import load_recipe
-    from ..validate.gates import raise_for_verdict
+    from ..validate.gates.applying import raise_for_verdict
     from ..validate.rendering import render_table
     from .console import done, print_json, show, working
 

@@ -53,8 +53,8 @@ def command(
         progress.say("loading")
         from ..models.checkpoint import load_checkpoint
         from ..recipes.sensitivity import sensitivity
+        from ..validate.records.sensitivity import DEFAULT_TOLERANCE
         from ..validate.rendering.sensitivity import render_sensitivity_table, write_sensitivity
-        from ..validate.sensitivity_report import DEFAULT_TOLERANCE
 
         loaded = load_checkpoint(checkpoint, task, trust_remote_code)
         rows = loaded.read(data, pairs(columns, "--column"))

@@ -127,7 +127,7 @@ def summary_table(summary: dict[str, Any]) -> Iterator[Table | str]:
 
 
 def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    from ..validate.report import size_text
+    from ..validate.records.report import size_text
 
     for name, value in summary.items():
         if name == "size_bytes":

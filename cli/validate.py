@@ -84,7 +84,7 @@ def command(
     """
     from ..errors import UsageError
     from ..files import check_output_folder, staged_folder
-    from ..validate.gates import load_gates, raise_for_verdict
+    from ..validate.gates.applying import load_gates, raise_for_verdict
     from .console import done, print_json, show, working
 
     if student is not None and not attribution:
@@ -98,12 +98,12 @@ def command(
         progress.say("loading")
         from ..models.checkpoint import load_checkpoint
         from ..recipes.steps import ValidationAsked, validate
-        from ..validate.attribution import AttributionAsked
-        from ..validate.harness import HarnessAsked
-        from ..validate.latency import BenchSettings
-        from ..validate.pair_rows import PAIR_FIELDS, read_pairs
+        from ..validate.attribution.points import AttributionAsked
+        from ..validate.generation.harness import HarnessAsked
+        from ..validate.performance.latency import BenchSettings
         from ..validate.rendering import render_table, write_report
-        from ..validate.slices import SlicesAsked
+        from ..validate.rows.pairs import PAIR_FIELDS, read_pairs
+        from ..validate.slices.choosing import SlicesAsked
 
         timing = checked(BenchSettings, settings) if latency else None
         loaded = load_checkpoint(teacher, task, trust_remote_code)

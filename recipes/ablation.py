@@ -23,11 +23,12 @@ from ..files import files_below, mend_half_done_swap, sha256_of_json, write_json
 from ..models.checkpoint import Checkpoint, load_checkpoint
 from ..models.data import Data
 from ..models.lineage import DataRecord
-from ..validate.comparison import chosen_metric, metric_interval, paired_difference
-from ..validate.headline import higher_is_better
-from ..validate.measurement import Standard, check_overlap, examples_for, set_standard
+from ..validate.measurement import check_overlap
+from ..validate.metrics.comparison import chosen_metric, metric_interval, paired_difference
+from ..validate.metrics.headline import higher_is_better
 from ..validate.predictions import Predictions, predict
-from ..validate.report import short_number
+from ..validate.records.report import short_number
+from ..validate.standard import Standard, examples_for, set_standard
 from .keys import outputs_read
 from .progress import SILENT, Progress
 from .teachers import teacher_runtime

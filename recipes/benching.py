@@ -12,13 +12,13 @@ from pathlib import Path
 from ..environment import facts
 from ..exporters.artifact import read_manifest
 from ..models.checkpoint import Checkpoint
-from ..validate.latency import BenchResult, BenchSettings, BenchSubject
-from ..validate.latency import bench as time_side_by_side
-from ..validate.loadgen import require_loadgen
-from ..validate.performance import Noise
-from ..validate.performance_metrics import with_latency, with_scenarios
-from ..validate.report import Candidate, Report
-from ..validate.scenarios import ScenarioSettings, run_scenarios
+from ..validate.performance.latency import BenchResult, BenchSettings, BenchSubject
+from ..validate.performance.latency import bench as time_side_by_side
+from ..validate.performance.loadgen import require_loadgen
+from ..validate.performance.metrics import with_latency, with_scenarios
+from ..validate.performance.scenarios import ScenarioSettings, run_scenarios
+from ..validate.records.performance import Noise
+from ..validate.records.report import Candidate, Report
 from .progress import SILENT, Progress
 
 

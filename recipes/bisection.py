@@ -11,9 +11,9 @@ from ..errors import InputError
 from ..exporters.artifact import Manifest, open_artifact
 from ..models.batching import Examples
 from ..models.checkpoint import Checkpoint
-from ..validate.bisect import Program, first_difference
-from ..validate.bisection import Bisection
-from ..validate.reference import reference_graph
+from ..validate.attribution.bisect import Program, first_difference
+from ..validate.attribution.reference import reference_graph
+from ..validate.records.bisection import Bisection
 from ..validate.student import find_student
 from .progress import SILENT, Progress
 from .steps import command_line

@@ -22,7 +22,7 @@ from ..models.batching import Batch
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
 from ..models.terms import read_terms
-from ..validate.parity import check_parity
+from ..validate.proofs.parity import check_parity
 from .exporting import export
 from .progress import SILENT, Progress
 

@@ -11,13 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import InputError, UsageError, did_you_mean
 from ..files import files_below, mend_half_done_swap, read_document, write_json
-from ..validate.headline import higher_is_better
+from ..validate.metrics.headline import higher_is_better
 from .progress import Progress
 from .stages import Cycle
 
 if TYPE_CHECKING:
     from ..models.checkpoint import Checkpoint
-    from ..validate.measurement import Standard
+    from ..validate.standard import Standard
 
 CYCLE_FILE = "cycle.json"
 _SCHEMA = 1

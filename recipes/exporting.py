@@ -23,12 +23,13 @@ from ..models.batching import Batch, Examples, Run, pad
 from ..models.checkpoint import Checkpoint
 from ..models.data import TEXT_FIELDS, Data
 from ..models.lineage import TRAINING_ROWS_FILE
-from ..validate.measurement import score_run, scores_of, set_standard
-from ..validate.parity import check_parity
-from ..validate.quality import headline_metric, higher_is_better
-from ..validate.speed import medians_in_turn
-from ..validate.tokenizer_check import TOKENIZER_CHECK, check_tokenizer_graph, read_otherwise
-from ..validate.weight_audit import audit_weights
+from ..validate.measurement import score_run, scores_of
+from ..validate.metrics.quality import headline_metric, higher_is_better
+from ..validate.performance.speed import medians_in_turn
+from ..validate.proofs.parity import check_parity
+from ..validate.proofs.tokenizer_check import TOKENIZER_CHECK, check_tokenizer_graph, read_otherwise
+from ..validate.proofs.weight_audit import audit_weights
+from ..validate.standard import set_standard
 from .progress import SILENT, Progress
 
 _NOT_AUDITED = "its weights were not compared with the checkpoint's, for the backend cannot read them back"

@@ -11,7 +11,7 @@ from ..exporters.artifact import Manifest
 from ..exporters.layer_facts import ProgramFacts, checkpoint_facts
 from ..exporters.settings import ShapeRange
 from ..models.checkpoint import Checkpoint
-from ..validate.report import Matrix
+from ..validate.records.report import Matrix
 
 _SEQUENCE = 128
 

@@ -35,7 +35,7 @@ from ..models.surgery import HeadSelection, Selection, select
 from ..prune.budget_settings import Budget
 from ..prune.costs import Costs, Curve, LayerCosts
 from ..prune.search import widths
-from ..validate.latency import BenchSettings, BenchSubject, bench, speedup
+from ..validate.performance.latency import BenchSettings, BenchSubject, bench, speedup
 from .progress import SILENT, Progress
 from .steps import build, export
 

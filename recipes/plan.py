@@ -16,8 +16,8 @@ from ..exporters.artifact import artifact_size
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
 from ..prune.settings import PruneSettings
-from ..validate.energy import POWERCAP, Device, NoMeter, find_meter
-from ..validate.latency import BenchResult, BenchSettings, BenchSubject, bench, speedup
+from ..validate.performance.energy import POWERCAP, Device, NoMeter, find_meter
+from ..validate.performance.latency import BenchResult, BenchSettings, BenchSubject, bench, speedup
 from .progress import Progress
 from .schema import Constraints, Export, Recipe
 from .steps import export_for_device, prune

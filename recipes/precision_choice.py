@@ -18,7 +18,7 @@ from ..exporters.settings import CALIBRATED, ExportSettings, Precision
 from ..files import check_output_folder, staged_folder
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
-from ..validate.latency import BenchSettings, BenchSubject, Speedup, bench, speedup
+from ..validate.performance.latency import BenchSettings, BenchSubject, Speedup, bench, speedup
 from .exporting import export_checked, fit_to_model, measure_floor, refuse_unlike_tokenizer, require_numbers
 from .progress import SILENT, Progress
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from ..backends.registry import backend_for
 from ..errors import InputError, UsageError
 from ..files import files_below, mend_half_done_swap, read_document, staged_folder, write_json, write_text
-from ..validate.gates import apply_gates
-from ..validate.profile import load_baseline
-from ..validate.report import Report, load_report
+from ..validate.gates.applying import apply_gates
+from ..validate.records.profile import load_baseline
+from ..validate.records.report import Report, load_report
 from .cycle import CYCLE_FILE, CycleRecord, KeptRounds, run_cycle, unknown_floor, with_note
 from .keys import Keys, folder_of
 from .progress import Progress
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from ..distill.trainer import Evaluation
     from ..models.checkpoint import Checkpoint
     from ..models.data import Data
-    from ..validate.measurement import Standard
-    from ..validate.slices import SlicesAsked
+    from ..validate.slices.choosing import SlicesAsked
+    from ..validate.standard import Standard
 
 _MOST_SHARED = 0.01
 """Share of the development rows that may be validation rows too."""
@@ -275,8 +275,8 @@ class RecipeRun:
         )
 
     def _measure(self, folders: Mapping[str, Path], folder: Path) -> None:
-        from ..validate.latency import BenchSettings
-        from ..validate.report import save_report
+        from ..validate.performance.latency import BenchSettings
+        from ..validate.records.report import save_report
         from .steps import ValidationAsked, validate
 
         report = validate(
@@ -346,7 +346,7 @@ class RecipeRun:
 
     def _standard(self) -> Standard:
         """The teacher's answers on the development rows, asked once."""
-        from ..validate.measurement import set_standard
+        from ..validate.standard import set_standard
 
         if "standard" not in self._loaded:
             self.progress.say("the teacher on the development rows")
@@ -366,7 +366,7 @@ class RecipeRun:
 
 def _scores_of(standard: Standard) -> dict[str, float]:
     """The teacher's own metrics: what the development rows give."""
-    from ..validate.quality import score
+    from ..validate.metrics.quality import score
 
     return score(
         standard.teacher.task.name,

@@ -13,9 +13,9 @@ from pydantic import Field, ValidationError, model_validator
 from ..errors import InputError, UsageError
 from ..exporters.settings import ExportSettings, Precision, ShapeRange
 from ..files import read_yaml
-from ..validate.pair_rows import PairKind
-from ..validate.perturbations import BuiltinSlice
-from ..validate.report import Gate, describe_problems
+from ..validate.records.report import Gate, describe_problems
+from ..validate.rows.pairs import PairKind
+from ..validate.rows.perturbations import BuiltinSlice
 from .stages import RecipePart, Stage
 
 _RESERVED = ("plan", "measurement")

@@ -23,10 +23,10 @@ from ..prune.sensitivity import (
     rank_parts,
     structures_of,
 )
-from ..validate.headline import higher_is_better
-from ..validate.measurement import Standard
-from ..validate.sensitivity_report import DEFAULT_TOLERANCE, Sensitivity, SensitivityRecord
-from ..validate.sensitivity_scores import CutScorer
+from ..validate.metrics.headline import higher_is_better
+from ..validate.metrics.sensitivity import CutScorer
+from ..validate.records.sensitivity import DEFAULT_TOLERANCE, Sensitivity, SensitivityRecord
+from ..validate.standard import Standard
 from .progress import SILENT, Progress
 from .steps import command_line
 

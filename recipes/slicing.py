@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
-from ..validate.pair_rows import read_pairs
-from ..validate.slices import SlicesAsked, check_builtin, values_by_row
+from ..validate.rows.pairs import read_pairs
+from ..validate.slices.choosing import SlicesAsked, check_builtin, values_by_row
 from .schema import Recipe
 from .sources import Sources
 

@@ -17,11 +17,9 @@ from ..prune.gradual import SparsityInTraining
 from ..prune.pruning import prune as prune_checkpoint
 from ..prune.settings import PruneSettings
 from ..prune.sparsify_settings import SparsifySettings
-from ..validate.measurement import (
-    score_checkpoint,
-    set_standard,
-)
-from ..validate.quality import headline_metric, higher_is_better, score
+from ..validate.measurement import score_checkpoint
+from ..validate.metrics.quality import headline_metric, higher_is_better, score
+from ..validate.standard import set_standard
 from .benching import bench, command_line
 from .building import build, export_for_device
 from .exporting import export

@@ -22,7 +22,7 @@ from ..exporters.settings import ExportSettings, Precision, ShapeRange
 from ..models.batching import Batch, Run
 from ..models.checkpoint import Checkpoint
 from ..models.features import recording
-from ..validate.parity import check_parity
+from ..validate.proofs.parity import check_parity
 from .progress import SILENT, Progress
 
 TeacherRuntime = Literal["eager", "openvino", "onnx", "torch-compile"]

@@ -14,25 +14,24 @@ from ..exporters.artifact import Manifest, open_artifact
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
 from ..models.lineage import read_training_rows
-from ..validate.attribution import AttributionAsked, Measured, Progressing, attribute
+from ..validate.attribution.points import AttributionAsked, Measured, Progressing, attribute
 from ..validate.baseline import Monitoring
 from ..validate.checks import examine, subject_of
-from ..validate.gates import apply_gates
-from ..validate.generation import check_prompts, set_generation
-from ..validate.harness import HarnessAsked, open_harness
-from ..validate.latency import BenchSettings
+from ..validate.gates.applying import apply_gates
+from ..validate.gates.relative import check_references
+from ..validate.generation.greedy import check_prompts, set_generation
+from ..validate.generation.harness import HarnessAsked, open_harness
 from ..validate.measurement import (
-    Standard,
     check_overlap,
     describe_artifact,
     describe_teacher,
     measure_artifact,
     require_same_task,
-    set_standard,
 )
-from ..validate.relative import check_references
-from ..validate.report import Candidate, Gate, Report
-from ..validate.slices import SlicesAsked, check_builtin, with_slices
+from ..validate.performance.latency import BenchSettings
+from ..validate.records.report import Candidate, Gate, Report
+from ..validate.slices.choosing import SlicesAsked, check_builtin, with_slices
+from ..validate.standard import Standard, set_standard
 from .benching import Timed, command_line, now, timed_beside
 from .inspection import artifact_matrices
 from .progress import SILENT, Progress

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import GateFailed
 from ..exporters.artifact import Manifest, open_artifact
 from ..validate.checks import examine, subject_of
-from ..validate.report import Check
+from ..validate.records.report import Check
 
 
 @dataclass(frozen=True)

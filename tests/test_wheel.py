@@ -16,7 +16,7 @@ SMOKE = """
 from limbeck.recipes.schema import load_recipe
 from limbeck.recipes.sources import RECIPE_FOLDER, Sources
 import limbeck, limbeck.validate.rendering as rendering
-from limbeck.validate.report import Report
+from limbeck.validate.records.report import Report
 recipe = load_recipe(RECIPE_FOLDER / "quickstart.yaml")
 sources = Sources(RECIPE_FOLDER)
 texts = [sources.data(name) for name in (recipe.data.train, recipe.data.validation)]

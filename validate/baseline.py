@@ -12,17 +12,17 @@ import numpy as np
 
 from ..errors import InputError
 from ..models.data import TEXT_FIELDS, Data
-from .calibration import softmax
-from .distributions import Shift, categories_of, histogram_of, shift_of
+from .metrics.calibration import softmax
+from .metrics.retrieval import unit
 from .predictions import Predictions
-from .profile import Baseline, EmbeddingSketch, Profile, TextProfile
-from .retrieval import unit
+from .records.profile import Baseline, EmbeddingSketch, Profile, TextProfile
+from .statistics.distributions import Shift, categories_of, histogram_of, shift_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .measurement import Answering, Standard
-    from .report import Metric
+    from .records.report import Metric
+    from .standard import Answering, Standard
 
 _DIRECTIONS = 16
 """Random directions that embeddings are projected on."""

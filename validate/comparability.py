@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from .report import Candidate, Report, Slice
+from .records.report import Candidate, Report, Slice
 
 _FINGERPRINT = re.compile(r"\bfingerprint ([0-9a-f]+)")
 _SLICE = re.compile(r", slice (.+): \d+ rows, fingerprint")

@@ -2,7 +2,7 @@
 
 A figure with a 95% interval on both sides is better or worse when the interval of the difference excludes 0, and shows
 no clear change otherwise. Two reports keep no values by example, so the two intervals are treated as independent and
-added in square (`validate.mover`: Newcombe 1998; Zou and Donner 2008). Where an interval is lacking, figures are told
+added in square (`statistics.mover`: Newcombe 1998; Zou and Donner 2008). Where an interval is lacking, figures are told
 as changed or equal, which judges nothing.
 """
 
@@ -15,9 +15,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from . import mover
 from .comparability import Comparability, Difference
-from .report import Candidate, Latency, Metric, Report, Slice, Verdict, short_number
+from .records.report import Candidate, Latency, Metric, Report, Slice, Verdict, short_number
+from .statistics import mover
 
 Meaning = Literal["better", "worse", "no clear change", "changed", "equal", "not comparable"]
 

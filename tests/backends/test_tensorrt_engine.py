@@ -29,7 +29,7 @@ from limbeck.models.checkpoint import Checkpoint, load_checkpoint
 from limbeck.prune.semi_structured import prune_semi_structured
 from limbeck.recipes.building import check_built, export_for_device
 from limbeck.recipes.exporting import export
-from limbeck.validate.parity import check_parity
+from limbeck.validate.proofs.parity import check_parity
 
 MISSING = missing_for_engines()
 SHAPES = ShapeRange(max_batch=8, max_sequence=48)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from limbeck.validate.report import Report, load_report
+from limbeck.validate.records.report import Report, load_report
 
 Limbeck = Callable[..., Any]
 CALL = ("--batch-size", 1, "--sequence-length", 8, "--threads", 1, "--rounds", 1)

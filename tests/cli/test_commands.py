@@ -15,7 +15,7 @@ from limbeck.cli.main import _run
 from limbeck.environment import gpu_facts
 from limbeck.exporters.artifact import open_artifact
 from limbeck.models.checkpoint import load_checkpoint
-from limbeck.validate.report import load_report
+from limbeck.validate.records.report import load_report
 
 Limbeck = Callable[..., Any]
 LENGTH = 16  # tokens of a timed call

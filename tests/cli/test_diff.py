@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from limbeck.validate.records.report import Candidate, Check, Metric, Report, save_report
 from limbeck.validate.rendering import write_report
-from limbeck.validate.report import Candidate, Check, Metric, Report, save_report
 
 Limbeck = Callable[..., Any]
 

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from limbeck.cli.main import VERBS, cli
-from limbeck.validate.gates import load_gates
-from limbeck.validate.report import Gate
+from limbeck.validate.gates.applying import load_gates
+from limbeck.validate.records.report import Gate
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "gates.md").read_text(encoding="utf-8")
 YAML = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)

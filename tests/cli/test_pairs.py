@@ -10,7 +10,7 @@ import pytest
 
 from limbeck import export, load_checkpoint
 from limbeck.exporters.settings import ExportSettings
-from limbeck.validate.report import load_report
+from limbeck.validate.records.report import load_report
 
 Limbeck = Callable[..., Any]
 Write = Callable[..., Path]

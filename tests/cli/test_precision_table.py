@@ -12,7 +12,7 @@ from limbeck.cli.summary import precision_table
 from limbeck.exporters.artifact import Manifest
 from limbeck.exporters.settings import ShapeRange
 from limbeck.recipes.precision_choice import _outcome
-from limbeck.validate.latency import Speedup
+from limbeck.validate.performance.latency import Speedup
 
 TIMED = {"beside": "fp32", "size_mb": 9.0}
 ATTEMPTS = [

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from limbeck.validate import gates
+from limbeck.validate.gates import applying
 
 Limbeck = Callable[..., Any]
 TinyCheckpoint = Callable[..., Path]
@@ -115,7 +115,7 @@ def test_a_defect_of_ours_is_reported_to_a_file(
         raise ZeroDivisionError("a defect")
 
     (tmp_path / "gates.yaml").touch()
-    monkeypatch.setattr(gates, "load_gates", broken)
+    monkeypatch.setattr(applying, "load_gates", broken)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     failed = limbeck("gate", tmp_path, "--gates", tmp_path / "gates.yaml")
     assert failed.code == 70 and "Traceback" not in failed.err

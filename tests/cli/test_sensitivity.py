@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from limbeck.validate.sensitivity_report import load_sensitivity
+from limbeck.validate.records.sensitivity import load_sensitivity
 
 Make = Callable[..., Path]
 WriteRows = Callable[[Path, Iterable[dict[str, Any]]], Path]

@@ -13,9 +13,9 @@ import yaml
 from limbeck import export, load_checkpoint
 from limbeck.exporters.artifact import read_manifest
 from limbeck.exporters.settings import ExportSettings
-from limbeck.validate.harness_model import LimbeckLM
-from limbeck.validate.profile import load_baseline
-from limbeck.validate.report import load_report
+from limbeck.validate.generation.harness_model import LimbeckLM
+from limbeck.validate.records.profile import load_baseline
+from limbeck.validate.records.report import load_report
 
 Limbeck = Callable[..., Any]
 Write = Callable[..., Path]

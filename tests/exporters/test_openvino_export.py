@@ -31,8 +31,8 @@ from limbeck.exporters.openvino import (
 from limbeck.exporters.program import ExportedProgram, Floor
 from limbeck.exporters.settings import ExportSettings, ShapeRange
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint
-from limbeck.validate.parity import check_parity
-from limbeck.validate.weight_audit import audit_weights
+from limbeck.validate.proofs.parity import check_parity
+from limbeck.validate.proofs.weight_audit import audit_weights
 
 TinyCheckpoint = Callable[..., Path]
 SMALL = ShapeRange(max_batch=8, opt_batch=2, max_sequence=64, opt_sequence=16)

@@ -32,8 +32,8 @@ from limbeck.exporters.sparsity import sparsity_evidence
 from limbeck.exporters.tensorrt import TensorRTConfig, TensorRTExporter
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint
 from limbeck.prune.semi_structured import prune_semi_structured
-from limbeck.validate.parity import check_parity
-from limbeck.validate.weight_audit import audit_weights
+from limbeck.validate.proofs.parity import check_parity
+from limbeck.validate.proofs.weight_audit import audit_weights
 
 FAMILIES = ("bert", "distilbert", "roberta", "llama")
 SHAPES = ShapeRange(max_batch=8, max_sequence=48)

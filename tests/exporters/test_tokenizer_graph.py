@@ -21,7 +21,7 @@ from limbeck.models.checkpoint import load_checkpoint
 from limbeck.recipes.exporting import export
 from limbeck.recipes.precision_choice import export_fastest
 from limbeck.recipes.schema import Export
-from limbeck.validate.tokenizer_check import check_tokenizer_graph, read_otherwise
+from limbeck.validate.proofs.tokenizer_check import check_tokenizer_graph, read_otherwise
 
 Make = Callable[..., Path]
 SMALL = ShapeRange(max_batch=8, opt_batch=2, max_sequence=32, opt_sequence=16)

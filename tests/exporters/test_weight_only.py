@@ -22,7 +22,7 @@ from limbeck.exporters.onnx_weight_only import quantize_weights, weights_of_matr
 from limbeck.exporters.settings import ExportSettings, ShapeRange
 from limbeck.models.checkpoint import load_checkpoint
 from limbeck.recipes.steps import export
-from limbeck.validate.weight_audit import audit_weights
+from limbeck.validate.proofs.weight_audit import audit_weights
 
 TinyCheckpoint = Callable[..., Path]
 SMALL = ShapeRange(max_batch=8, opt_batch=2, max_sequence=32, opt_sequence=16)

@@ -23,7 +23,7 @@ from limbeck.exporters.settings import ExportSettings, ShapeRange
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint
 from limbeck.models.data import Data
 from limbeck.recipes.steps import export, validate
-from limbeck.validate.report import Report
+from limbeck.validate.records.report import Report
 
 SHAPES = ShapeRange(max_batch=8, opt_batch=2, max_sequence=48, opt_sequence=16)
 LABELS = ["short", "middling", "long"]

@@ -28,7 +28,7 @@ from limbeck.prune.sensitivity import (
     structures_of,
 )
 from limbeck.recipes.sensitivity import sensitivity
-from limbeck.validate.sensitivity_report import Sensitivity
+from limbeck.validate.records.sensitivity import Sensitivity
 
 Make = Callable[..., Path]
 FAMILIES = ("bert", "roberta", "camembert", "xlm-roberta", "distilbert", "electra", "mpnet", "modernbert", "gpt2",

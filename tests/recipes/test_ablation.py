@@ -17,8 +17,8 @@ from limbeck.models.checkpoint import Checkpoint, load_checkpoint
 from limbeck.models.data import Data
 from limbeck.recipes.ablation import Ablation, AblationPlan, ablate
 from limbeck.recipes.progress import Progress
-from limbeck.validate.comparison import metric_interval, paired_difference
-from limbeck.validate.measurement import set_standard
+from limbeck.validate.metrics.comparison import metric_interval, paired_difference
+from limbeck.validate.standard import set_standard
 
 OBJECTIVES = {"embedding-cosine": 1, "pairwise-similarity": 1, "hidden-states": {"layers": {-1: -1}}}
 SETTINGS = {"student": {"layers": 1}, "objectives": OBJECTIVES, "max_steps": 3, "batch_size": 8, "learning_rate": 1e-3}

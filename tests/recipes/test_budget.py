@@ -26,7 +26,7 @@ from limbeck.recipes.budget import prune_to_budget, storage_of
 from limbeck.recipes.latency_table import LatencyTable, Point, Target, dependencies
 from limbeck.recipes.progress import Progress
 from limbeck.recipes.steps import export
-from limbeck.validate.latency import BenchSettings
+from limbeck.validate.performance.latency import BenchSettings
 
 TinyCheckpoint = Callable[..., Path]
 WriteRows = Callable[[Path, Iterable[dict[str, Any]]], Path]

@@ -20,7 +20,7 @@ from limbeck.recipes.progress import SILENT, Progress
 from limbeck.recipes.runner import RecipeRun
 from limbeck.recipes.schema import load_recipe
 from limbeck.recipes.stages import Cycle
-from limbeck.validate.report import Report
+from limbeck.validate.records.report import Report
 
 Recipe = dict[str, Any]
 

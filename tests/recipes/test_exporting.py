@@ -23,7 +23,7 @@ from limbeck.recipes import exporting, precision_choice
 from limbeck.recipes.exporting import export
 from limbeck.recipes.precision_choice import export_fastest
 from limbeck.recipes.schema import Recipe
-from limbeck.validate.speed import medians_in_turn
+from limbeck.validate.performance.speed import medians_in_turn
 
 SMALL = ShapeRange(max_batch=8, opt_batch=2, max_sequence=32, opt_sequence=16)
 

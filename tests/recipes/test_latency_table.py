@@ -22,7 +22,7 @@ from limbeck.prune.budget_settings import Budget
 from limbeck.recipes import latency_table as module
 from limbeck.recipes.latency_table import LatencyTable, Point, SideBySide, Target, dependencies
 from limbeck.recipes.progress import Progress
-from limbeck.validate.latency import BenchSettings
+from limbeck.validate.performance.latency import BenchSettings
 
 TinyCheckpoint = Callable[..., Path]
 Measured = tuple[LatencyTable, Path, list[str]]

@@ -18,7 +18,7 @@ from limbeck.recipes.progress import SILENT, Progress
 from limbeck.recipes.runner import RecipeRun
 from limbeck.recipes.schema import load_recipe
 from limbeck.recipes.sources import Sources
-from limbeck.validate.report import Report, load_report
+from limbeck.validate.records.report import Report, load_report
 
 Recipe = dict[str, Any]
 EXPORTS = ("onnx", "openvino")

@@ -16,8 +16,8 @@ from limbeck.backends.openvino import OpenVINOBackend
 from limbeck.exporters.artifact import Manifest, seal
 from limbeck.exporters.settings import ExportSettings
 from limbeck.models.checkpoint import load_checkpoint
-from limbeck.validate.gates import apply_gates
-from limbeck.validate.report import (
+from limbeck.validate.gates.applying import apply_gates
+from limbeck.validate.records.report import (
     Candidate,
     ChangedExample,
     Check,

@@ -15,10 +15,11 @@ from limbeck.errors import InputError
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint, load_tokenizer
 from limbeck.models.data import Data
 from limbeck.validate.baseline import Monitoring, profile_of, shifts
-from limbeck.validate.distributions import categories_of, histogram_of, shift_of
-from limbeck.validate.measurement import measure_checkpoint, set_standard
+from limbeck.validate.measurement import measure_checkpoint
 from limbeck.validate.predictions import Predictions
-from limbeck.validate.profile import Baseline, Histogram, Profile, load_baseline
+from limbeck.validate.records.profile import Baseline, Histogram, Profile, load_baseline
+from limbeck.validate.standard import set_standard
+from limbeck.validate.statistics.distributions import categories_of, histogram_of, shift_of
 
 Write = Callable[..., Path]
 ROWS = 300

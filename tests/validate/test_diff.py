@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from limbeck.validate.diff import CandidateDiff, FigureChange, ReportDiff, compare_reports
-from limbeck.validate.gates import apply_gates
+from limbeck.validate.gates.applying import apply_gates
+from limbeck.validate.records.report import Candidate, Check, Gate, GateResult, Latency, Metric, Report, Slice
 from limbeck.validate.rendering import render_diff_markdown, render_diff_table
-from limbeck.validate.report import Candidate, Check, Gate, GateResult, Latency, Metric, Report, Slice
 
 EVIL = "<script>alert(1)</script>\"'&|`@all [x](y) [red]\x1b[31m\x00"
 ENVIRONMENT = {"cpu": {"name": "A", "cpus": 2}, "gpus": [], "versions": {"torch": "2.11", "python": "3.11"}}

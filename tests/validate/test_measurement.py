@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from limbeck.models.checkpoint import load_checkpoint
-from limbeck.validate.measurement import describe_teacher, measure_checkpoint, set_standard
+from limbeck.validate.measurement import describe_teacher, measure_checkpoint
+from limbeck.validate.standard import set_standard
 
 
 def quiet(done: int, total: int) -> None: ...

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...errors import InputError
-from ..report import Check
+from ..records.report import Check
 from .base import Subject, SubjectCheck, Unchecked, subject_of
 from .behaviour import Causality, LongInputs, PaddingMask, Repeatability, Shapes
 from .labels import LabelNames, LabelOrder

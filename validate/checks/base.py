@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 
-from ...errors import InputError
+from ...backends.registry import backend_of_format
+from ...errors import BackendUnavailable, InputError
 from ...exporters.inputs import token_stream, vocabulary_of
+from ...exporters.layer_facts import ProgramFacts
 from ...files import read_json
 from ...models.batching import Batch, Examples, pad
 from ...models.checkpoint import Checkpoint, load_tokenizer
-from ..measurement import Standard, examples_for
 from ..predictions import Predictions, predict
-from ..report import Check
+from ..records.report import Check
+from ..standard import Standard, examples_for
 from ..student import Descent, find_student
 
 if TYPE_CHECKING:
@@ -30,6 +32,13 @@ if TYPE_CHECKING:
 
 _ROWS = 128
 """Validation rows that the checks run: enough for what they look for, whatever the data's size."""
+
+
+@dataclass(frozen=True)
+class Unchecked:
+    """A check that would apply and could not be made."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,15 @@ class Subject:
         """Tokens of the longest text that the program takes."""
         return min(self.manifest.max_length, self.manifest.settings.shapes.max_sequence)
 
+    def program_facts(self) -> ProgramFacts | Unchecked:
+        """What the program's files tell of its layers, or why they tell nothing."""
+        manifest = self.manifest
+        try:
+            facts = backend_of_format(manifest.format).program_facts(self.folder, manifest, 1, self.longest)
+        except BackendUnavailable as error:
+            return Unchecked(error.message)
+        return facts or Unchecked(f"the layers of a {manifest.format} artifact are not shown to anybody")
+
     def batch_of(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Batch:
         """The program's inputs for these token ids, int64 [batch, sequence]; all of them real without a mask."""
         named = {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
@@ -128,13 +146,6 @@ def _descent(manifest: Manifest, student: str | Path | None) -> Descent:
         if student is not None:
             raise
         return Descent(None, error.message.removesuffix("."))
-
-
-@dataclass(frozen=True)
-class Unchecked:
-    """A check that would apply and could not be made."""
-
-    reason: str
 
 
 class SubjectCheck(ABC):

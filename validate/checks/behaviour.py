@@ -10,8 +10,8 @@ import torch
 
 from ...errors import InputError
 from ...models.batching import padding_id
-from ..parity import TOLERANCES
-from ..report import Check
+from ..proofs.parity import TOLERANCES
+from ..records.report import Check
 from .base import Subject, SubjectCheck, relative_difference
 
 Outputs = Mapping[str, np.ndarray]

@@ -12,7 +12,7 @@ import torch
 from ...errors import InputError
 from ...models.batching import Batch, Run
 from ...models.checkpoint import Checkpoint
-from ..parity import without_padding
+from ..proofs.parity import without_padding
 from .defects import defects_of
 
 _RESTORED = 0.1

@@ -7,7 +7,7 @@ from scipy import stats
 from scipy.optimize import linear_sum_assignment
 
 from ...files import read_json
-from ..report import Check
+from ..records.report import Check
 from .base import Subject, SubjectCheck, Unchecked
 
 LABELLED = ("text-classification", "token-classification")

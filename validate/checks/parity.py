@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ...exporters.inputs import probe_batches
-from ..parity import TOLERANCES, check_parity
-from ..report import Check
+from ..proofs.parity import TOLERANCES, check_parity
+from ..records.report import Check
 from .base import Subject, SubjectCheck, Unchecked
 from .diagnosis import diagnose
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ...backends.registry import backend_of_format
-from ...errors import BackendUnavailable
 from ...exporters.layer_facts import LayerFacts
 from ...exporters.settings import CALIBRATED, WEIGHT_ONLY, Precision
-from ..report import Check
+from ..records.report import Check
 from .base import Subject, SubjectCheck, Unchecked
 
 _FLOATS: dict[Precision, set[str]] = {
@@ -32,15 +30,12 @@ class StoredPrecision(SubjectCheck):
     from_files = True
 
     def look(self, subject: Subject) -> Check | Unchecked | None:
-        manifest, precision = subject.manifest, subject.manifest.settings.precision
+        precision = subject.manifest.settings.precision
         if precision == "native":
             return None
-        try:
-            facts = backend_of_format(manifest.format).program_facts(subject.folder, manifest, 1, subject.longest)
-        except BackendUnavailable as error:
-            return Unchecked(error.message)
-        if facts is None:
-            return Unchecked(f"the layers of a {manifest.format} artifact are not shown to anybody")
+        facts = subject.program_facts()
+        if isinstance(facts, Unchecked):
+            return facts
         if not facts.layers:
             return Unchecked("its graph has no product with a stored weight that is known here")
         found = Counter(layer.precision for layer in facts.layers)

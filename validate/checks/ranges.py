@@ -16,7 +16,7 @@ from ...exporters.activation_ranges import ActivationRange
 from ...exporters.settings import CALIBRATED
 from ...models.batching import batches_by_length
 from ...models.checkpoint import Checkpoint
-from ..report import Check
+from ..records.report import Check
 from .base import Subject, SubjectCheck, Unchecked
 
 _LOST = 0.01

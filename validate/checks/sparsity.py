@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from ...backends.registry import backend_of_format
-from ...errors import BackendUnavailable
-from ..report import Check
+from ..records.report import Check
 from .base import Subject, SubjectCheck, Unchecked
 
 _SHOWN = 3
@@ -23,12 +21,9 @@ class SparsePattern(SubjectCheck):
         promised = [layer.layer for layer in manifest.sparse_layers if layer.eligible and layer.pattern]
         if manifest.settings.sparsity is None and not promised:
             return None
-        try:
-            facts = backend_of_format(manifest.format).program_facts(subject.folder, manifest, 1, subject.longest)
-        except BackendUnavailable as error:
-            return Unchecked(error.message)
-        if facts is None:
-            return Unchecked(f"the weights of a {manifest.format} artifact are not shown to anybody")
+        facts = subject.program_facts()
+        if isinstance(facts, Unchecked):
+            return facts
         found = {layer.layer: layer for layer in facts.layers}
         broken = [name for name in promised if name not in found or not found[name].pattern]
         if broken:

@@ -7,9 +7,9 @@ import math
 import numpy as np
 from scipy import stats
 
-from ..measurement import Standard
-from ..quality import score
-from ..report import Check
+from ..metrics.quality import score
+from ..records.report import Check
+from ..standard import Standard
 from .base import Subject, SubjectCheck, Unchecked
 
 _FEWEST = 100

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...environment import available_cores, available_cpus
-from ..report import Check
+from ..records.report import Check
 from .base import Subject, SubjectCheck
 
 

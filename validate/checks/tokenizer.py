@@ -9,8 +9,8 @@ from ...files import read_json
 from ...models.batching import Feature
 from ...models.checkpoint import Checkpoint
 from ...models.tasks.base import tokenize
-from ..report import Check
-from ..tokenizer_check import AWKWARD_TEXTS
+from ..proofs.tokenizer_check import AWKWARD_TEXTS
+from ..records.report import Check
 from .base import Subject, SubjectCheck, Unchecked
 
 if TYPE_CHECKING:

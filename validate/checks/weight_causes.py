@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from ...exporters.program import ProgramWeight
 from ...models.anatomy import ANATOMIES, anatomy_of, reduction_axis
 from ...models.checkpoint import Checkpoint
-from ..weight_audit import same_weight
+from ..proofs.weight_audit import same_weight
 from .base import Subject
 
 _MOSTLY = 0.9

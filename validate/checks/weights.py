@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from ...backends.registry import backend_of_format
 from ...errors import BackendUnavailable
 from ...exporters.program import ProgramWeight
-from ..report import Check
-from ..weight_audit import audit_weights
+from ..proofs.weight_audit import audit_weights
+from ..records.report import Check
 from .base import Subject, SubjectCheck, Unchecked
 from .weight_causes import cause_of
 

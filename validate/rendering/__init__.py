@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...files import write_text
-from ..report import Report, save_report
+from ..records.report import Report, save_report
 from .html import render_html
 from .junit import render_junit
 from .markdown import render_diff_markdown, render_gate_summary, render_markdown

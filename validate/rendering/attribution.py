@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from ..headline import higher_is_better
-from ..report import Candidate, Loss, Report, Waypoint, short_number
+from ..metrics.headline import higher_is_better
+from ..records.report import Candidate, Loss, Report, Waypoint, short_number
 from .figures import Panel, title_of
 from .slices import PlainTable
 from .svg import Scale, drawing, element, line, plot_box, span, text, y_axis

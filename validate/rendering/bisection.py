@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ...files import write_text
-from ..bisection import Bisection, ModuleDifference, StepDifferences, save_bisection
-from ..report import short_number
+from ..records.bisection import Bisection, ModuleDifference, StepDifferences, save_bisection
+from ..records.report import short_number
 from .figures import Panel, plain
 from .pages import page_environment
 from .svg import Scale, drawing, line, log_span, marker, plot_box, polyline, text, x_axis, y_axis

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ..diff import CandidateDiff, FigureChange, Meaning, ReportDiff, VerdictChange
-from ..report import short_number
+from ..records.report import short_number
 from .figures import VERDICT_WORDS
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from ..report import Curve, GateResult, Latency, LayerWidths, ReliabilityBin, exact_number, short_number
+from ..records.report import Curve, GateResult, Latency, LayerWidths, ReliabilityBin, exact_number, short_number
 from .figures import Figure
 from .svg import (
     SERIES,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..report import Candidate, Check, Report
+from ..records.report import Candidate, Check, Report
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from ..report import Candidate, GateResult, Metric, Report, Verdict, short_number
+from ..records.report import Candidate, GateResult, Metric, Report, Verdict, short_number
 
 VERDICT_WORDS: dict[Verdict | None, str] = {
     "pass": "Pass",

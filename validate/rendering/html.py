@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Template
 
-from ..report import Latency, Report, exact_number, short_number
+from ..records.report import Latency, Report, exact_number, short_number
 from . import charts
 from .attribution import attribution
 from .checks import sorted_checks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree
 
-from ..report import Candidate, Check, GateResult, Report
+from ..records.report import Candidate, Check, GateResult, Report
 
 # what XML 1.0 cannot hold, even escaped
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -11,7 +11,7 @@ from ...errors import InputError
 from ...exporters.layer_facts import LayerFacts, ProgramFacts
 from ...files import write_text
 from ...models.anatomy import MATRIX_KINDS
-from ..report import size_text
+from ..records.report import size_text
 from .pages import page_environment
 from .precision_colours import precision_class, precision_words
 from .svg import element, line, text

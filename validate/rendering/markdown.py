@@ -9,7 +9,7 @@ import urllib.parse
 from collections.abc import Iterable, Sequence
 
 from ..diff import CandidateDiff, ReportDiff
-from ..report import GateResult, Report, Verdict, short_number
+from ..records.report import GateResult, Report, Verdict, short_number
 from .attribution import attribution_table
 from .changes import alone, cells, diff_summary, diff_verdict, equal_text, unequal
 from .figures import VERDICT_WORDS, Column, columns, plain, summary, worst_first

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..performance import Noise, Scenario
-from ..report import Candidate, Report, short_number
+from ..records.performance import Noise, Scenario
+from ..records.report import Candidate, Report, short_number
 from .figures import speedup_figure
 
 SCENARIO_HEADINGS = ("Candidate", "Scenario", "LoadGen says", "p50 (ms)", "p90 (ms)", "p99 (ms)", "Samples a second")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from ..report import Candidate, Matrix, Report, size_text
+from ..records.report import Candidate, Matrix, Report, size_text
 from .figures import Panel
 from .precision_colours import precision_class, precision_words
 from .svg import drawing, element, text

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ...files import write_text
-from ..report import short_number
-from ..sensitivity_report import (
+from ..records.report import short_number
+from ..records.sensitivity import (
     TITLES,
     Sensitivity,
     SensitivityRecord,

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
-from ..report import short_number
-from ..sensitivity_report import TITLES, Sensitivity, SensitivityRecord
+from ..records.report import short_number
+from ..records.sensitivity import TITLES, Sensitivity, SensitivityRecord
 from .svg import Scale, drawing, element, line, log_span, marker, plot_box, polyline, span, text, tick_text, y_axis
 
 _WIDTH = 380.0

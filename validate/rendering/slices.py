@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..headline import headline_among
-from ..report import FEWEST_IN_A_SLICE, Candidate, ChangedExample, Metric, Report, Slice, short_number
+from ..metrics.headline import headline_among
+from ..records.report import FEWEST_IN_A_SLICE, Candidate, ChangedExample, Metric, Report, Slice, short_number
 from .figures import Figure, figure_of
 
 _WHOLE = "all examples"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from ..report import short_number
+from ..records.report import short_number
 
 SERIES = 7  # colours (Okabe-Ito) in the style sheet: classes s0 (the teacher) to s6
 _MARGIN_LEFT, _MARGIN_RIGHT, _MARGIN_TOP, _MARGIN_BOTTOM = 46, 12, 12, 38

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..diff import CandidateDiff, ReportDiff
-from ..report import Candidate, GateResult, Report, Verdict
+from ..records.report import Candidate, GateResult, Report, Verdict
 from .attribution import attribution
 from .changes import alone, cells, diff_summary, diff_verdict, equal_text, unequal
 from .figures import VERDICT_WORDS, Column, columns, summary, worst_first

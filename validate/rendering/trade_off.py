@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from ..report import Report
+from ..records.report import Report
 from .charts import Point, pareto_front, quality_against_latency
 from .figures import figure_among, latency_figure, numbered, quality_metric, title_of
 

@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..headline import HEADLINE_METRICS, higher_is_better
-from ..report import Curve, LayerSimilarity, Report, Step, short_number
+from ..metrics.headline import HEADLINE_METRICS, higher_is_better
+from ..records.report import Curve, LayerSimilarity, Report, Step, short_number
 from . import charts
 from .figures import Panel, title_of
 from .heatmap import closest, layer_similarity

@@ -1,0 +1,143 @@
+"""LoadGen itself, on calls that take a known time; and its logs, whole and cut short."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from limbeck.validate.performance.loadgen import Load, LoadGenInterrupted, Outcome, read_outcome, run_loadgen
+
+CALL_SECONDS = 0.001
+SINGLE_STREAM = Load(scenario="single_stream", batch_size=1, seconds=0.4, typical_ms=1.2)
+SERVER = Load(scenario="server", batch_size=1, seconds=0.4, typical_ms=1.2, target_qps=100, latency_bound_ms=1_000)
+
+
+class Calls:
+    """A call that takes a millisecond, and counts; from the one numbered `failing` on, it fails."""
+
+    def __init__(self, failing: int | None = None) -> None:
+        self.count = Counter[str]()
+        self._failing = failing
+
+    def __call__(self) -> None:
+        self.count["made"] += 1
+        if self._failing is not None and self.count["made"] >= self._failing:
+            raise ValueError("the device is gone")
+        time.sleep(CALL_SECONDS)
+
+
+def test_single_stream_asks_for_one_sample_after_the_other(tmp_path: Path) -> None:
+    calls = Calls()
+    found = run_loadgen(calls, SINGLE_STREAM, tmp_path)
+    assert calls.count["made"] == found.queries
+    assert found.percentiles_ms["50"] >= CALL_SECONDS * 1e3
+    assert found.percentiles_ms["50"] <= found.percentiles_ms["90"] <= found.percentiles_ms["99.9"]
+    if found.queries >= 64:  # LoadGen's own number for the 90th percentile
+        assert found.validity == "valid" and found.reason == ""
+        assert found.early_stopping_ms is not None
+        assert found.early_stopping_ms >= found.percentiles_ms["90"]
+    assert found.loadgen.startswith("6.")
+
+
+@pytest.mark.parametrize(("batch_size", "calls_a_query"), [(1, 8), (3, 3), (8, 1)])
+def test_multi_stream_asks_for_eight_samples_at_once(batch_size: int, calls_a_query: int, tmp_path: Path) -> None:
+    calls = Calls()
+    load = Load(scenario="multi_stream", batch_size=batch_size, seconds=0.2, typical_ms=1.2)
+    found = run_loadgen(calls, load, tmp_path)
+    assert calls.count["made"] == calls_a_query * found.queries
+    assert found.percentiles_ms["50"] >= calls_a_query * CALL_SECONDS * 1e3
+    assert found.samples_per_second <= 8 / (calls_a_query * CALL_SECONDS)
+
+
+def test_too_few_queries_are_undecided_and_say_how_many_are_wanted(tmp_path: Path) -> None:
+    load = Load(scenario="multi_stream", batch_size=1, seconds=0.1, typical_ms=1.2)
+    found = run_loadgen(Calls(), load, tmp_path)
+    assert found.validity == "undecided"
+    assert found.reason == f"{found.queries} queries are too few: LoadGen wants at least 662 (a longer --duration)"
+    assert found.early_stopping_ms is None
+
+
+def test_offline_has_all_samples_at_once_and_no_latencies(tmp_path: Path) -> None:
+    calls = Calls()
+    load = Load(scenario="offline", batch_size=4, seconds=0.3, typical_ms=1.2)
+    found = run_loadgen(calls, load, tmp_path)
+    assert found.percentiles_ms == {} and found.queries == 1
+    assert 0 < found.samples_per_second <= 4 / CALL_SECONDS
+    assert calls.count["made"] >= 0.3 * 4 / 1.2e-3 / 4  # what lasts for the duration
+
+
+def test_queries_of_a_server_arrive_on_their_own_and_are_all_answered(tmp_path: Path) -> None:
+    found = run_loadgen(Calls(), SERVER, tmp_path)
+    assert 15 <= found.queries <= 80  # a Poisson process: 40 are expected
+    assert found.validity == "undecided"
+    assert "LoadGen wants at least" in found.reason and "more" in found.reason
+
+
+def test_a_seed_draws_the_same_arrivals(tmp_path: Path) -> None:
+    counts = []
+    for number, seed in enumerate((1, 1, 2)):
+        (tmp_path / str(number)).mkdir()
+        load = SERVER.model_copy(update={"seed": seed, "target_qps": 400.0})
+        counts.append(run_loadgen(lambda: None, load, tmp_path / str(number)).queries)
+    assert counts[0] == counts[1] != counts[2]
+
+
+def test_a_missed_bound_is_invalid_and_says_by_how_much(tmp_path: Path) -> None:
+    load = SERVER.model_copy(update={"latency_bound_ms": 0.5})
+    found = run_loadgen(Calls(), load, tmp_path)
+    assert found.validity == "invalid"
+    assert "over the bound of 0.5 ms" in found.reason
+    assert f"({found.queries} of {found.queries} were late)" in found.reason
+
+
+def test_what_waits_is_answered_together_as_far_as_the_batch_holds_it(tmp_path: Path) -> None:
+    calls = Calls()
+    load = SERVER.model_copy(update={"batch_size": 16, "target_qps": 4_000.0})  # four times what single calls answer
+    found = run_loadgen(calls, load, tmp_path)
+    assert calls.count["made"] < found.queries / 2
+
+
+@pytest.mark.parametrize("load", [SINGLE_STREAM, SERVER], ids=lambda load: load.scenario)
+def test_a_call_that_fails_ends_the_test_with_what_it_raised(load: Load, tmp_path: Path) -> None:
+    calls = Calls(failing=5)
+    with pytest.raises(ValueError, match="the device is gone"):
+        run_loadgen(calls, load, tmp_path)
+    assert calls.count["made"] == 5
+
+
+# --- logs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """A log of LoadGen's, and what was read from it."""
+    folder = tmp_path_factory.mktemp("logs")
+    return folder / "mlperf_log_detail.txt", run_loadgen(Calls(), SINGLE_STREAM, folder)
+
+
+def test_a_whole_log_is_read_again(log: tuple[Path, Outcome]) -> None:
+    path, found = log
+    assert read_outcome(path, SINGLE_STREAM) == found
+
+
+def test_an_interrupted_loadgen_leaves_no_result(log: tuple[Path, Outcome], tmp_path: Path) -> None:
+    """Killed before its summary: lines are missing, or the last is cut in two, or there is no log at all."""
+    whole = log[0].read_text(encoding="utf-8")
+    cut = tmp_path / "mlperf_log_detail.txt"
+    for left in (whole[: whole.index("result_validity")], "", None):
+        cut.unlink(missing_ok=True)
+        if left is not None:
+            cut.write_text(left, encoding="utf-8")
+        with pytest.raises(LoadGenInterrupted, match="LoadGen was interrupted: its log has no result of the SingleStr"):
+            read_outcome(cut, SINGLE_STREAM)
+
+
+def test_an_error_of_loadgen_is_told(log: tuple[Path, Outcome], tmp_path: Path) -> None:
+    broken = tmp_path / "mlperf_log_detail.txt"
+    line = '":::MLLOG {"key": "error_runtime", "value": "no samples", "metadata": {"is_error": true}}\n'[1:]
+    broken.write_text(log[0].read_text(encoding="utf-8") + line, encoding="utf-8")
+    with pytest.raises(LoadGenInterrupted, match="LoadGen reports an error: error_runtime, no samples"):
+        read_outcome(broken, SINGLE_STREAM)

@@ -1,0 +1,1 @@
+"""Gates: limits held against candidates, and the verdict that statistics allow."""

@@ -1,0 +1,1 @@
+"""Rows beside the validation rows: pairs from files, rows with mistakes put in, prompts from templates."""
