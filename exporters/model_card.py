@@ -95,7 +95,9 @@ def _tensors(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 def _cache(manifest: Manifest) -> str | None:
     kept = manifest.cache
-    return kept and f"{kept.values_per_token:,} numbers of each token of each text, in {plain(kept.precision)}"
+    if kept is None:
+        return None
+    return f"{kept.values_per_token:,} numbers of each token of each text, in {plain(kept.precision)}"
 
 
 def _sparsity(manifest: Manifest) -> str | None:
