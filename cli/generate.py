@@ -51,8 +51,6 @@ def command(
         program = LanguageProgram.open(subject, threads, trust_remote_code)
         program.writer()  # what cannot write says so before anything is shown
     streams = len(prompts) == 1 and not as_json
-    if streams:
-        show_text(prompts[0])
     found = generate(program, prompts, wanted, show_text if streams else None)
     if as_json:
         print_json(asdict(found))

@@ -264,7 +264,7 @@ def _refuse_other_tokens(objectives: Sequence[Objective], student: Checkpoint, t
             f"Teacher and student split text differently ({len(teacher.tokenizer)} and {len(student.tokenizer)} "
             f"tokens), so {', '.join(bound)} would compare different words.",
             "Draw the student from the teacher, or match whole texts only: embedding-cosine, pairwise-similarity, "
-            "relational, contrastive; logits-kl for text-classification.",
+            "relational, contrastive, queue-similarity; logits-kl for text-classification.",
         )
 
 

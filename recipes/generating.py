@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..backends.base import Runner
 from ..backends.registry import load_runner
 from ..backends.torch import EagerRunner
@@ -19,7 +21,7 @@ from ..models.checkpoint import load_checkpoint, load_tokenizer
 from ..models.tasks.language_modeling import TextGeneration
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TextStreamer
 
 Told = Callable[[str], None]
 
@@ -92,7 +94,8 @@ def generate(
     """Go on with every prompt, as one batch.
 
     Args:
-        told: called with every piece of text as soon as it is whole; with one prompt only.
+        told: called with the first prompt once it is accepted, and then with every piece of text as soon as it is
+            whole.
 
     Raises:
         InputError: an empty prompt, one longer than the program holds, or unequal prompts without a padding token.
@@ -100,7 +103,7 @@ def generate(
     """
     writer = program.writer()
     read = [prompt_tokens(text, program.tokenizer) for text in prompts]
-    stream = _Pieces(program.tokenizer, told) if told is not None else None
+    stream = _streamer(program.tokenizer, told) if told is not None else None
     written: list[list[int]] = [[] for _ in prompts]
     times = [time.perf_counter()]
     with closing(writer.write(read, settings)) as steps:
@@ -109,8 +112,10 @@ def generate(
             for row, token in zip(written, tokens, strict=True):
                 if token is not None:
                     row.append(token)
+            if told is not None and len(times) == 2:
+                told(prompts[0])
             if stream is not None:
-                stream.put(written[0][-1])
+                stream.put(torch.tensor(written[0][-1:]))
     if stream is not None:
         stream.end()
     later = sum(map(len, written)) - len(prompts)
@@ -134,21 +139,12 @@ def _continuation(prompt: str, tokens: list[int], writer: Writer) -> Continuatio
     return Continuation(prompt, text, len(tokens), ended=tokens[-1] in writer.end_tokens)
 
 
-class _Pieces:
-    """Tokens as pieces of text that no later token changes, by transformers' streamer."""
+def _streamer(tokenizer: PreTrainedTokenizerBase, told: Told) -> TextStreamer:
+    """Tokens as pieces of text that no later token changes, by transformers."""
+    from transformers import TextStreamer
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, told: Told) -> None:
-        from transformers import TextStreamer
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            told(text)
 
-        class Streamer(TextStreamer):
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                told(text)
-
-        self._streamer = Streamer(tokenizer, skip_special_tokens=True)
-        self.end = self._streamer.end
-
-    def put(self, token: int) -> None:
-        """One more token."""
-        import torch
-
-        self._streamer.put(torch.tensor([token]))
+    return Streamer(tokenizer, skip_special_tokens=True)

@@ -11,7 +11,7 @@ from ...errors import UsageError, did_you_mean
 from ...models.tasks import Task
 from .attention import AttentionMaps, AttentionRelations
 from .base import LOGITS_TASKS, Objective
-from .embeddings import Contrastive, EmbeddingCosine, PairwiseSimilarity, Relational
+from .embeddings import Contrastive, EmbeddingCosine, PairwiseSimilarity, QueueSimilarity, Relational
 from .hidden import EmbeddingLayer, HiddenStates
 from .logits import Labels, LogitsKL
 
@@ -28,6 +28,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
         PairwiseSimilarity,
         Relational,
         Contrastive,
+        QueueSimilarity,
     )
 }
 

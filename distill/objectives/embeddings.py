@@ -126,6 +126,58 @@ class Contrastive(_InTheTeachersSpace):
         return functional.cross_entropy(similarity, torch.arange(len(ours), device=ours.device))
 
 
+class QueueSimilarity(_InTheTeachersSpace):
+    """`mean_i KL(softmax_j(cos(t_i, q_j) / T) || softmax_j(cos(s_i, q_j) / T))` over the global batch, where q are the
+    teacher's vectors of the last `size` texts: the student ranks many texts as the teacher does, for the price of one
+    product (SEED, Fang et al. 2021, arXiv:2101.04731, with one temperature for both sides). Batches are of texts of
+    like length; the queue holds texts of every length, as a search does that asks short questions of long passages.
+
+        queue-similarity: {weight: 0.1, size: 4096}
+    """
+
+    name = "queue-similarity"
+
+    temperature: Temperature = 0.05
+    size: int = Field(4096, ge=1)
+    """Texts that are remembered."""
+
+    def learned(self, sides: Sides) -> nn.Module | None:
+        return _Queue(self.size, sides.teacher.output_width, super().learned(sides))
+
+    def loss(self, seen: Comparison) -> torch.Tensor:
+        assert isinstance(seen.learned, _Queue)
+        ours, theirs = (functional.normalize(gathered(side), dim=-1) for side in self._vectors(seen))
+        known, temperature = seen.learned.after(theirs), value_at(self.temperature, seen.done)
+        student, teacher = (functional.log_softmax(side @ known.T / temperature, dim=-1) for side in (ours, theirs))
+        return functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+class _Queue(nn.Module):
+    """The teacher's last vectors, saved with what is learnt so that a resumed training goes on with them."""
+
+    vectors: torch.Tensor
+    seen: torch.Tensor
+
+    def __init__(self, size: int, width: int, projection: nn.Module | None) -> None:
+        super().__init__()
+        self.projection = projection
+        self.register_buffer("vectors", torch.zeros(size, width))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, ours: torch.Tensor) -> torch.Tensor:
+        """The student's vectors, projected where that is learnt."""
+        return ours if self.projection is None else self.projection(ours)
+
+    @torch.no_grad()
+    def after(self, vectors: torch.Tensor) -> torch.Tensor:
+        """What is remembered once these, [texts, width], have taken the place of the oldest: [texts, width]."""
+        size, seen = len(self.vectors), int(self.seen)
+        places = torch.arange(seen, seen + len(vectors), device=vectors.device) % size
+        self.vectors[places[-size:]] = vectors[-size:].to(self.vectors.dtype)
+        self.seen += len(vectors)
+        return self.vectors[: min(seen + len(vectors), size)].clone()
+
+
 _COINCIDE = 1e-3
 """Distances below this share of the mean are rounding."""
 

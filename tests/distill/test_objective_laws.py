@@ -69,9 +69,11 @@ CASES = {
     "relational-of-other-widths": Case("relational", SIMILARITY, wider=True),
     "contrastive": Case("contrastive", SIMILARITY, {"temperature": 0.5}),
     "contrastive-projected": Case("contrastive", SIMILARITY, {"project": True}, wider=True),
+    "queue-similarity": Case("queue-similarity", SIMILARITY, {"temperature": 0.5}),
+    "queue-similarity-projected": Case("queue-similarity", SIMILARITY, {"project": True, "size": 3}, wider=True),
 }
 TAUGHT = [id_ for id_, case in CASES.items() if case.name != "labels"]
-IN_BATCH = ("pairwise-similarity", "relational", "contrastive")
+IN_BATCH = ("pairwise-similarity", "relational", "contrastive", "queue-similarity")
 every_case = pytest.mark.parametrize("id_", CASES)
 
 
@@ -154,8 +156,9 @@ def test_descending_its_gradient_makes_it_smaller(id_: str) -> None:
 def test_what_is_learnt_beside_the_student_gets_a_gradient(id_: str) -> None:
     case, seen = CASES[id_], situation(CASES[id_])
     projects = case.wider and case.name not in ("pairwise-similarity", "relational", "attention-relations")
-    assert (seen.learned is not None) == projects
-    if seen.learned is not None:
+    assert bool(list((seen.learned or nn.Module()).parameters())) == projects
+    if projects:
+        assert seen.learned is not None
         case.objective.loss(seen).backward()
         assert all(parameter.grad is not None and parameter.grad.any() for parameter in seen.learned.parameters())
 

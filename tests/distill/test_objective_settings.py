@@ -71,7 +71,7 @@ def test_labels_read_nothing_of_the_teacher() -> None:
     [
         ({}, CLASSIFICATION, "There is no objective to train for"),
         ({"logit-kl": 1.0}, CLASSIFICATION, "no objective 'logit-kl'; there are .*Did you mean 'logits-kl'"),
-        ({"zzz": 1.0}, CLASSIFICATION, "there are logits-kl, .*contrastive.$"),
+        ({"zzz": 1.0}, CLASSIFICATION, "there are logits-kl, .*queue-similarity.$"),
         ({"logits-kl": 1.0}, SIMILARITY, "does not fit sentence-similarity; what fits is hidden-states,"),
         ({"relational": 1.0}, GENERATION, "does not fit text-generation; what fits is logits-kl, labels"),
         ({"labels": 1.0}, CLASSIFICATION, "'labels' needs labels, and the data has none"),

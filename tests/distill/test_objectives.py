@@ -334,6 +334,25 @@ def test_contrastive_by_hand() -> None:
     assert found == pytest.approx(by_hand, rel=1e-5)
 
 
+def test_queue_similarity_by_hand_and_its_oldest_vectors_fall_out() -> None:
+    objective = build("queue-similarity", temperature=0.5, size=3)
+    queue = objective.learned(sides(width=2, teacher_width=2))
+
+    def loss(student: list[list[float]], teacher: list[list[float]]) -> float:
+        ours, theirs = ({"sentence_embedding": torch.tensor(side)} for side in (student, teacher))
+        return float(objective.loss(Comparison(ours, theirs, {}, SIMILARITY, [], queue)))
+
+    def by_hand(student: list[float], teacher: list[float]) -> float:
+        p, q = (np.exp(np.array(cosines) / 0.5) for cosines in (teacher, student))
+        return float(np.sum(p / p.sum() * np.log(p / p.sum() / (q / q.sum()))))
+
+    assert loss([[0.6, 0.8]], [[1.0, 0.0]]) == pytest.approx(0, abs=1e-6), "one vector can be told from no other"
+    assert loss([[0.6, 0.8]], [[0.0, 2.0]]) == pytest.approx(by_hand([0.6, 0.8], [0, 1]), rel=1e-5)
+    loss([[1.0, 0.0]], [[-1.0, 0.0]])
+    # The first vector's place is taken: what is left are up, left and the new one.
+    assert loss([[0.6, 0.8]], [[0.8, 0.6]]) == pytest.approx(by_hand([0.96, 0.8, -0.6], [1, 0.6, -0.8]), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["pairwise-similarity", "relational", "contrastive"])
 def test_one_text_alone_teaches_nothing_in_a_batch(name: str) -> None:
     one = torch.tensor([[1.0, 2.0]], requires_grad=True)

@@ -142,6 +142,7 @@ CASES: list[tuple[str, dict[str, Any], str, Measure]] = [
     ("pairwise-similarity", {}, SIMILARITY, same_ranks),
     ("relational", {}, SIMILARITY, same_ranks),
     ("contrastive", {}, SIMILARITY, found_again),
+    ("queue-similarity", {}, SIMILARITY, same_ranks),
 ]
 
 
