@@ -25,7 +25,12 @@ LONG = 100
 """Tokens from which a passage is reported on its own as well."""
 SETTINGS = DistillSettings(
     student=StudentSettings(layers=[0, 2, 5], ffn=512),
-    objectives={"embedding-cosine": 1, "pairwise-similarity": 1, "hidden-states": {"weight": 2, "layers": "uniform"}},
+    objectives={
+        "embedding-cosine": 1,
+        "pairwise-similarity": 1,
+        "queue-similarity": 0.2,  # ranks sentences among passages, which batches of like length never do
+        "hidden-states": {"weight": 2, "layers": "uniform"},
+    },
     epochs=2,
     batch_size=16,
     max_length=256,
