@@ -229,7 +229,9 @@ def test_long_texts_are_looked_at_in_windows_of_the_length_that_is_asked_for(
     data = checkpoint.read(write_jsonl(tmp_path / "rows.jsonl", [{"text": " ".join(texts)}]))
     windows = []
     for length in (None, 16, 10 * checkpoint.max_length):
-        chosen = PruneSettings(structure="ffn", keep=0.5, method="fisher", samples=None, max_length=length, batch_size=1)
+        chosen = PruneSettings(
+            structure="ffn", keep=0.5, method="fisher", samples=None, max_length=length, batch_size=1
+        )
         seen: list[int] = []
         prune(checkpoint, chosen, data, progress=lambda done, total, seen=seen: seen.append(total))
         windows.append(seen[-1])

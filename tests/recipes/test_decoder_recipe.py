@@ -1,4 +1,4 @@
-"""The recipe of a decoder, whole, on a tiny Llama: cut, distilled, 2:4, distilled with its zeros held, exported, judged."""
+"""The recipe of a decoder, whole, on a tiny Llama: cut, distilled, made 2:4, distilled with its zeros held, judged."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from limbeck.validate.rendering import render_html, render_markdown
 EXAMPLE = Path(__file__).parents[2] / "examples" / "recipes" / "decoder.yaml"
 LENGTH = 32
 STAGES = ["shallow", "narrow", "recovered", "sparse", "sparse-recovered"]
-EXPORTS = ["teacher-openvino", "onnx", "openvino", "openvino-bf16", "openvino-int8"]
+EXPORTS = ["onnx", "openvino", "openvino-int8"]
 
 
 def miniature(teacher: Path, train: Path, validation: Path) -> dict[str, Any]:
-    """The example with another model and text, so few steps and tokens that it takes seconds, and limits that a model
-    of random weights holds."""
+    """The example with another model and text, few steps and tokens, a program a kind, and limits that a model of
+    random weights holds."""
     recipe: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
     recipe |= {"teacher": str(teacher), "data": {"train": str(train), "validation": str(validation)}}
     for stage in recipe["stages"]:
@@ -38,12 +38,13 @@ def miniature(teacher: Path, train: Path, validation: Path) -> dict[str, Any]:
                 stage[verb] |= {"max_length": LENGTH, **({"max_steps": 3} if verb == "distill" else {"samples": 8})}
     recipe["stages"][0]["prune"]["keep"] = 0.5  # of two layers
     recipe["stages"][1]["prune"]["keep"] = 0.5  # of 64 channels: what sparse kernels take
-    for export in recipe["exports"]:
+    exports = [export for export in recipe["exports"] if export["name"] in EXPORTS]
+    for export in exports:
         export["shapes"] = {"max_sequence": LENGTH}
-    recipe["constraints"][1]["quality"] = {"perplexity_ratio": 2}
-    recipe["gates"][0]["min"] = 0
-    recipe["gates"][1]["min"] = 0.001
-    return {**recipe, "bench": {"sequence_length": 16, "threads": 1, "rounds": 1}}
+    recipe["constraints"] = [{"artifact": "*", "quality": {"perplexity_ratio": 2}}]
+    recipe["gates"] = [{**gate, "min": 0.001} for gate in recipe["gates"]]
+    small = {"teacher_runtime": "eager", "bench": {"sequence_length": 16, "threads": 1, "rounds": 1}}
+    return {**recipe, "exports": exports, **small}
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +69,11 @@ def test_the_whole_way_is_gone(run: tuple[Report, dict[str, Path]]) -> None:
     assert list(folders) == ["plan", *STAGES, *EXPORTS, "measurement"]
     assert [stage.name for stage in report.stages] == STAGES
     assert [candidate.name for candidate in report.candidates] == EXPORTS
-    judged = {(result.gate.metric, result.candidate) for result in report.gates}
-    assert {("perplexity_ratio", "onnx"), ("size_mb", "openvino-int8"), ("token_agreement", "openvino-bf16")} <= judged
-    assert report.verdict == "pass", [(check.name, check.detail) for _, check in report.checks() if not check.passed]
+    judged = {(result.gate.metric, result.candidate, result.verdict) for result in report.gates}
+    asked = ("perplexity_ratio", "token_agreement", "speedup_p50")
+    assert judged == {(metric, name, "pass") for metric in asked for name in EXPORTS}
+    failed = {check.name for _, check in report.checks() if not check.passed}
+    assert failed == {"teacher"}  # random weights are no better than chance, which is said
 
 
 def test_each_stage_is_measured_against_the_one_before(run: tuple[Report, dict[str, Path]]) -> None:
@@ -113,7 +116,7 @@ def test_the_table_has_teacher_stages_and_programs(run: tuple[Report, dict[str, 
     report, _ = run
     text, page = render_markdown(report), render_html(report)
     table = text.partition("### What each stage cost\n\n")[2].partition("\n\n")[0].splitlines()
-    assert table[0].startswith("| Stage | What was done | Parameters | Zeros | Size | Perplexity (95% interval) | Lost")
+    assert table[0].startswith("| Stage | What was done | Parameters | Zeros | Size | Perplexity | Lost")
     assert [row.split(" | ")[0].removeprefix("| ") for row in table[2:]] == ["teacher", *STAGES, *EXPORTS]
     assert "| prune: 2:4 by sparsegpt |" in table[6]
     assert 'id="stages"' in page and "distill: logits-kl" in page

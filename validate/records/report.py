@@ -192,9 +192,9 @@ class Waypoint(_Record):
 
 
 class StageResult(_Record):
-    """What one stage of a recipe made of the model that it started from (`start`: another stage, or `teacher`), in eager
-    torch on the same rows. `zeros` is a share of its parameters, `size_bytes` that of its weights in float32, `seconds`
-    what the change took; `loss` is to the start. A cycle that kept what it was given has no `verb`."""
+    """What one stage of a recipe made of the model that it started from (`start`: another stage, or `teacher`), in
+    eager torch on the same rows. `zeros` is a share of its parameters, `size_bytes` that of its weights in float32,
+    `seconds` what the change took; `loss` is to the start. A cycle that kept what it was given has no `verb`."""
 
     name: str
     start: str

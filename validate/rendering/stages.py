@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..metrics.headline import headline_among, higher_is_better
-from ..records.report import Candidate, Loss, Metric, Report, StageResult, short_number, size_text
+from ..records.report import Candidate, Loss, Report, StageResult, short_number, size_text
 from .attribution import loss_text
 from .figures import figure_among, title_of
 from .slices import PlainTable
@@ -70,7 +70,7 @@ class _Table:
     @property
     def headings(self) -> list[str]:
         zeros = ["Zeros"] if self.with_zeros else []
-        quality = [f"{title_of(self.metric)} (95% interval)", "Lost (95% interval)"] if self.metric else []
+        quality = [title_of(self.metric), "Lost (95% interval)"] if self.metric else []
         return ["Parameters", *zeros, "Size", *quality, *(_SPEED[name] for name in self.speeds), "Time"]
 
     def rows(self) -> Iterator[Row]:
@@ -80,7 +80,8 @@ class _Table:
         for stage in report.stages:
             start = "" if stage.start == self._before(stage) else f"{stage.start} → "
             done = f"{start}{stage.verb}: {stage.method}" if stage.verb else f"{start}left as it was"
-            quality = [_quality(stage.metric(self.metric)), loss_text(stage.loss)] if self.metric else []
+            found = stage.metric(self.metric or "")
+            quality = self._quality(found.value if found else None, stage.loss)
             yield Row(stage.name, done, self._figures(stage, stage.zeros, quality, f"{stage.seconds:,.0f} s"))
         for candidate in report.candidates:
             yield self._program(candidate, f"{candidate.backend} {candidate.precision}")
@@ -91,12 +92,12 @@ class _Table:
         return self.report.stages[above].name if above >= 0 else "teacher"
 
     def _program(self, candidate: Candidate, done: str) -> Row:
-        quality = []
-        if self.metric:
-            figure = figure_among(self.report.measured, candidate, self.metric)
-            said = f" ({figure.interval})" if figure and figure.interval else ""
-            quality = [f"{short_number(figure.value if figure else None)}{said}", loss_text(self._lost(candidate))]
+        found = figure_among(self.report.measured, candidate, self.metric or "")
+        quality = self._quality(found.value if found else None, self._lost(candidate))
         return Row(candidate.name, done, self._figures(candidate, None, quality, "–"))
+
+    def _quality(self, value: float | None, loss: Loss | None) -> list[str]:
+        return [short_number(value), loss_text(loss)] if self.metric else []
 
     def _lost(self, candidate: Candidate) -> Loss | None:
         """To its student: what exporting and compiling did, without an interval, since it is two steps."""
@@ -112,17 +113,10 @@ class _Table:
     ) -> list[str]:
         speeds = [row.metric(name) for name in self.speeds]
         return [
-            "–" if row.parameters is None else f"{row.parameters:,}",
+            "–" if row.parameters is None else f"{short_number(row.parameters / 1e6, 3)} M",
             *(["–" if zeros is None else f"{zeros:.0%}"] if self.with_zeros else []),
             "–" if row.size_bytes is None else size_text(row.size_bytes),
             *quality,
             *(short_number(speed.value if speed else None, 3) for speed in speeds),
             seconds,
         ]
-
-
-def _quality(metric: Metric | None) -> str:
-    if metric is None:
-        return "–"
-    ends = f" ({short_number(metric.low, 3)} to {short_number(metric.high, 3)})" if metric.low is not None else ""
-    return f"{short_number(metric.value)}{ends}"
