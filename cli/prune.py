@@ -66,6 +66,7 @@ How much each part can lose, before anything is cut: limbeck sensitivity.
 @click.option("--protect", metavar="I,J", help="Layers that are left whole (from 0).")
 @click.option("--data", metavar="FILE", help="Texts that the method looks at; labels are not needed.")
 @click.option("--samples", type=int, help="Rows of --data that are looked at.  [default: 512]")
+@click.option("--max-length", type=int, help="Tokens a text is cut at.  [default: the model's own limit]")
 @click.option("--batch-size", type=int, help="Rows a batch while data is looked at.  [default: 16]")
 @click.option("--seed", type=int, help="[default: 0]")
 @model_options

@@ -89,7 +89,8 @@ def _rows_used(settings: PruneSettings, data: Data | None) -> Data:
 
 
 def _calibration(checkpoint: Checkpoint, settings: PruneSettings, data: Data, progress: Progress | None) -> Calibration:
-    examples = checkpoint.task.examples(data, checkpoint.tokenizer, checkpoint.max_length, checkpoint.model.config)
+    length = min(settings.max_length or checkpoint.max_length, checkpoint.max_length)
+    examples = checkpoint.task.examples(data, checkpoint.tokenizer, length, checkpoint.model.config)
     if len(examples) == 0:
         raise InputError(f"{data.source} has no rows that pruning could look at.")
     return Calibration(_at_most(examples, settings), settings.batch_size, settings.seed, progress)

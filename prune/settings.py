@@ -58,6 +58,9 @@ class PruneSettings(BaseModel):
     batch_size: int = Field(16, ge=1, description="Rows a batch while data is looked at.")
     seed: int = Field(0, description="Draws the rows and the random directions.")
     samples: int | None = Field(512, ge=1, description="Most rows (or windows of long texts) looked at; null for all.")
+    max_length: int | None = Field(
+        None, ge=4, description="Tokens a text is cut at while data is looked at; the model's own limit if not given."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> PruneSettings:

@@ -49,7 +49,8 @@ class Keys:
             chosen_on = [self.data(data.development or "")] if export.measures_quality else []
             keys[export.name] = sha256_of_json([*parts, *chosen_on])
         artifacts = {export.name: keys[export.name] for export in recipe.exports}
-        measured: list[Any] = [artifacts, self.data(data.validation), recipe.bench.model_dump(), data.columns]
+        stages = {stage.name: [keys[stage.name], recipe.start_of(stage)] for stage in recipe.stages}
+        measured: list[Any] = [artifacts, self.data(data.validation), recipe.bench.model_dump(), data.columns, stages]
         others = {name: self.data(file) for name, file in recipe.slices.files.items()}
         measured.append([others, recipe.slices.by, recipe.slices.builtin])
         measured.append(

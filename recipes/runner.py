@@ -275,6 +275,7 @@ class RecipeRun:
         )
 
     def _measure(self, folders: Mapping[str, Path], folder: Path) -> None:
+        from ..validate.attribution.stages import StageAsked
         from ..validate.performance.latency import BenchSettings
         from ..validate.records.report import save_report
         from .steps import ValidationAsked, validate
@@ -287,6 +288,10 @@ class RecipeRun:
                 latency=BenchSettings(**self.recipe.bench.model_dump()),
                 baselines=[export.name for export in self.recipe.exports if export.baseline],
                 slices=self._slices(),
+                stages=[
+                    StageAsked(stage.name, self.recipe.start_of(stage), folders[stage.name])
+                    for stage in self.recipe.stages
+                ],
             ),
             self.progress,
         )

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from ..errors import InputError, UsageError
 from ..exporters.settings import ExportSettings, Precision, ShapeRange
 from ..files import read_yaml
+from ..validate.metrics.headline import higher_is_better
 from ..validate.records.report import Gate, describe_problems
 from ..validate.rows.pairs import PairKind
 from ..validate.rows.perturbations import BuiltinSlice
@@ -23,7 +24,8 @@ _WHY_DEVELOPMENT = "choosing on data.validation would fit the result to the rows
 
 
 class DataSources(RecipePart):
-    """Files relative to the recipe, Hugging Face ids, or `builtin:train` and `builtin:validation`."""
+    """Files relative to the recipe (`${NAME}` in a path is an environment variable), Hugging Face ids, or
+    `builtin:train` and `builtin:validation`."""
 
     train: str
     validation: str
@@ -83,7 +85,8 @@ class Constraints(RecipePart):
     energy_mj: float | None = Field(None, gt=0)
     """Millijoules a call. Refused before training on a machine whose meter cannot be read."""
     quality: dict[str, float] = Field(default_factory=dict)
-    """Metric to the least value, for example `spearman_kept: 0.97`."""
+    """Metric to its worst tolerable value: the least (`spearman_kept: 0.97`), or of what is better lower the most
+    (`perplexity_ratio: 1.2`)."""
 
     def limits(self) -> dict[str, float]:
         """The limits on cost that were stated, by metric."""
@@ -98,7 +101,8 @@ class Constraints(RecipePart):
             for name, limit in self.limits().items()
         ]
         return cost + [
-            Gate(metric=name, candidate=self.artifact, min=least, why=why) for name, least in self.quality.items()
+            Gate(metric=name, candidate=self.artifact, why=why, **{"min" if higher_is_better(name) else "max": worst})
+            for name, worst in self.quality.items()
         ]
 
     def means(self, artifact: str) -> bool:
@@ -152,7 +156,8 @@ class Recipe(RecipePart):
     version: Literal[1] = 1
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     teacher: str
-    """A local folder (relative to the recipe), a hub id, or `package:NAME/FOLDER` for a model in a pip package."""
+    """A local folder (relative to the recipe; `${NAME}` in it is an environment variable), a hub id, or
+    `package:NAME/FOLDER` for a model in a pip package."""
     task: str
     data: DataSources
     constraints: list[Constraints] = Field(default_factory=list)

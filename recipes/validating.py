@@ -15,6 +15,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.data import Data
 from ..models.lineage import read_training_rows
 from ..validate.attribution.points import AttributionAsked, Measured, Progressing, attribute
+from ..validate.attribution.stages import StageAsked, measure_stages
 from ..validate.baseline import Monitoring
 from ..validate.checks import examine, subject_of
 from ..validate.gates.applying import apply_gates
@@ -29,6 +30,7 @@ from ..validate.measurement import (
     require_same_task,
 )
 from ..validate.performance.latency import BenchSettings
+from ..validate.predictions import Predictions
 from ..validate.records.report import Candidate, Gate, Report
 from ..validate.slices.choosing import SlicesAsked, check_builtin, with_slices
 from ..validate.standard import Standard, set_standard
@@ -52,6 +54,8 @@ class ValidationAsked:
     """Prompts whose greedy text is compared, where the task is to write; 20 when not given."""
     harness: HarnessAsked = field(default_factory=HarnessAsked)
     """Tasks of the lm-evaluation-harness to run teacher and artifacts on."""
+    stages: Sequence[StageAsked] = ()
+    """Checkpoints on the way from the teacher to what was exported: what each cost is measured too."""
     attribution: AttributionAsked | None = field(default_factory=AttributionAsked)
     """Measure the points between teacher and artifacts too: their students, and those exported."""
 
@@ -95,8 +99,9 @@ class _Validation:
 
     def report(self, teacher: Checkpoint, data: Data) -> Report:
         standard, monitoring = self._standard(teacher, data)
+        stages, known = measure_stages(self.asked.stages, standard, self._told)
         measured = [self._measured(name, folder, standard) for name, folder in self.artifacts.items()]
-        candidates = self._attributed(measured, standard)
+        candidates = self._attributed(measured, standard, known)
         timed = self._timed(teacher, describe_teacher(teacher), candidates, measured)
         newest = max(self.opened.values(), key=lambda manifest: len(manifest.lineage.steps))
         return Report(
@@ -106,6 +111,7 @@ class _Validation:
             command=command_line(),
             teacher=timed.teacher,
             candidates=timed.candidates,
+            stages=stages,
             steps=newest.lineage.steps,
             environment=facts(),
             data=[
@@ -161,13 +167,19 @@ class _Validation:
         own = {**slices.files, **{name: pairs.data for name, pairs in slices.pairs.items()}}
         return {"": data, **{f", slice {name}": rows for name, rows in own.items()}}
 
-    def _attributed(self, measured: Sequence[Measured], standard: Standard) -> list[Candidate]:
+    @property
+    def _told(self) -> Progressing:
+        return Progressing(self.progress.say, self.progress.advance)
+
+    def _attributed(
+        self, measured: Sequence[Measured], standard: Standard, known: Mapping[str, Predictions]
+    ) -> list[Candidate]:
         candidates = [item.candidate for item in measured]
         if self.asked.attribution is None:
             return candidates
-        told = Progressing(self.progress.say, self.progress.advance)
         runnable = [item for item in measured if item.answers]
-        found = {item.name: item for item in attribute(runnable, standard, self.asked.attribution, told)}
+        attributed = attribute(runnable, standard, self.asked.attribution, self._told, known)
+        found = {item.name: item for item in attributed}
         return [found.get(candidate.name, candidate) for candidate in candidates]
 
     def _timed(

@@ -222,6 +222,23 @@ def test_no_more_windows_of_a_long_text_are_looked_at_than_samples(
     assert seen[-1] == (3, 3)
 
 
+def test_long_texts_are_looked_at_in_windows_of_the_length_that_is_asked_for(
+    tiny_checkpoint: TinyCheckpoint, texts: list[str], write_jsonl: WriteRows, tmp_path: Path
+) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint("llama", task="text-generation"))
+    data = checkpoint.read(write_jsonl(tmp_path / "rows.jsonl", [{"text": " ".join(texts)}]))
+    windows = []
+    for length in (None, 16, 10 * checkpoint.max_length):
+        chosen = PruneSettings(
+            structure="ffn", keep=0.5, method="fisher", samples=None, max_length=length, batch_size=1
+        )
+        seen: list[int] = []
+        prune(checkpoint, chosen, data, progress=lambda done, total, seen=seen: seen.append(total))
+        windows.append(seen[-1])
+    whole, short, longest = windows
+    assert short > 3 * whole and longest == whole
+
+
 @pytest.mark.parametrize("keep", [0.0, -0.5, 1.5, float("nan")])
 def test_a_share_outside_its_range_is_refused(keep: float) -> None:
     with pytest.raises(UsageError, match="more than 0 and at most 1"):

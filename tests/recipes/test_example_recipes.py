@@ -33,16 +33,20 @@ def test_an_example_names_only_what_there_is(name: str) -> None:
         assert export.precision in get_backend(export.backend).precisions
     data = found.data
     for source in (data.train, data.validation, data.development, *(stage.data for stage in found.stages)):
-        assert source is None or Path(sources.data(source)).is_file()
+        # what does not lie in the repository is named by a variable
+        assert source is None or source.startswith("${LIMBECK_DATA}/") or Path(sources.data(source)).is_file()
     assert f"`{name}.yaml`" in (FOLDER.parent / "README.md").read_text()
 
 
 def test_each_shows_what_it_is_there_for() -> None:
-    assert NAMES == ["cycle", "gradual", "gradual-sparsity", "layer-by-layer", "teacher-assistant"]
+    assert NAMES == ["cycle", "decoder", "gradual", "gradual-sparsity", "layer-by-layer", "teacher-assistant"]
     layers = [stage.distill.train_layers for stage in recipe("layer-by-layer").stages if stage.distill]
     assert layers == [[0], [1], [2], None]
     assert any(stage.teacher == "assistant" for stage in recipe("teacher-assistant").stages)
     assert recipe("cycle").stages[-1].cycle is not None
+    cut = [stage.prune for stage in recipe("decoder").stages if stage.prune]
+    assert [prune.structure or prune.pattern for prune in cut] == ["layers", "ffn", "2:4"]
+    assert all(stage.rationale for stage in recipe("decoder").stages)
     sparse = [stage.sparsify.method for stage in recipe("gradual-sparsity").stages if stage.sparsify]
     assert sparse == ["movement", "sr-ste"]
 

@@ -16,7 +16,7 @@ from limbeck.errors import BackendUnavailable, InputError, UsageError
 from limbeck.models.checkpoint import load_checkpoint
 from limbeck.recipes.progress import SILENT, Progress
 from limbeck.recipes.runner import RecipeRun
-from limbeck.recipes.schema import load_recipe
+from limbeck.recipes.schema import Constraints, load_recipe
 from limbeck.recipes.sources import Sources
 from limbeck.validate.records.report import Report, load_report
 
@@ -132,6 +132,13 @@ def test_constraints_are_gates_of_the_result(first: Finished) -> None:
     assert judged[:2] == [("size_mb", "onnx"), ("agreement_spearman", "onnx")]
     assert [candidate for metric, candidate in judged if metric == "cosine_mean"] == list(EXPORTS)
     assert first.report.constraints[0].startswith("size_mb of onnx")
+
+
+def test_a_constraint_on_quality_holds_it_from_its_worse_side() -> None:
+    limits = Constraints(quality={"spearman_kept": 0.97, "perplexity_ratio": 1.2})
+    assert [(gate.metric, gate.min, gate.max) for gate in limits.gates()] == [
+        ("spearman_kept", 0.97, None), ("perplexity_ratio", None, 1.2)
+    ]  # fmt: skip
 
 
 def test_the_plan_says_what_the_artifact_will_cost(first: Finished) -> None:

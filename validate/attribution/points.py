@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,23 +22,19 @@ from ...backends.registry import backend_of_format
 from ...errors import InputError, LimbeckError
 from ...exporters.artifact import Manifest
 from ...exporters.settings import QUANTISED, Precision
-from ...models.batching import Examples, Run
+from ...models.batching import Examples
 from ...models.checkpoint import Checkpoint, load_tokenizer
 from ..checks.weights import WeightAudit
-from ..measurement import quality_of
-from ..metrics.comparison import chosen_metric, paired_difference
-from ..metrics.headline import higher_is_better
-from ..predictions import Predictions, Progress, broken, predict
+from ..metrics.comparison import chosen_metric
+from ..predictions import Predictions, Progress
 from ..proofs.parity import TOLERANCES
 from ..proofs.weight_audit import audit_weights
-from ..records.report import Candidate, Check, Loss, Metric, Parity, Point, Waypoint
+from ..records.report import Candidate, Check, Parity, Point, Waypoint
 from ..standard import Standard, examples_for
 from ..student import find_student
+from .answers import answers_of, longest_of, loss_between, metrics_of, tokens_of
 from .bisect import Program, first_difference
 from .reference import Reference, reference_graph
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _COMPARED = ("embedding", "logits", "nll")
 """What of a task's predictions parity is asked of, whichever it has."""
@@ -114,14 +109,18 @@ def attribute(
     standard: Standard,
     asked: AttributionAsked,
     progress: Progressing,
+    known: Mapping[str, Predictions] | None = None,
 ) -> list[Candidate]:
     """The candidates with their waypoints, and with a check for each parity and audit between adjacent points.
 
     A student is loaded, run and exported once for all artifacts made from it, and freed before the next: what is kept
     are arrays of answers. Where a student or its graph is not at hand, the report says why, and the points that remain
     are compared with each other.
+
+    Args:
+        known: what students have answered already, by their hash.
     """
-    at_hand = {known.hash: known for known in (asked.student, standard.teacher) if known is not None}
+    at_hand = {model.hash: model for model in (asked.student, standard.teacher) if model is not None}
     first = _teacher_stop(standard)
     found: dict[str, Candidate] = {}
     for parent in dict.fromkeys(item.manifest.parent_hash for item in measured):
@@ -129,7 +128,7 @@ def attribute(
         student, missing = at_hand.get(parent), ""
         if student is None:
             student, missing = _found(children[0].manifest)
-        between = _Between(student, missing, standard, progress)
+        between = _Between(student, missing, standard, progress, (known or {}).get(parent))
         for item in children:
             found[item.candidate.name] = _attributed(item, [first, *between.stops(item)], standard, between.cause)
     return [found[item.candidate.name] for item in measured]
@@ -147,8 +146,15 @@ def _found(manifest: Manifest) -> tuple[Checkpoint | None, str]:
 class _Between:
     """The points between a teacher and the artifacts of one student."""
 
-    def __init__(self, student: Checkpoint | None, missing: str, standard: Standard, progress: Progressing) -> None:
-        self._student, self._missing = student, missing
+    def __init__(
+        self,
+        student: Checkpoint | None,
+        missing: str,
+        standard: Standard,
+        progress: Progressing,
+        known: Predictions | None,
+    ) -> None:
+        self._student, self._missing, self._known = student, missing, known
         self._standard, self._progress = standard, progress
         self._eager: _Stop | None = None
         self._graphs: dict[str, _Stop] = {}
@@ -156,7 +162,7 @@ class _Between:
     def stops(self, item: Measured) -> list[_Stop]:
         """Student, graph and program, as far as they are at hand."""
         tokenizer = load_tokenizer(item.folder)
-        tokens = _tokens(self._standard, tokenizer, item.manifest.max_length)
+        tokens = tokens_of(self._standard, tokenizer, item.manifest.max_length)
         program = _Stop(_program(item), item.answers, tokens, TOLERANCES[item.manifest.settings.precision])
         if self._student is None:
             return [_noted(program, f"student and graph are not at hand: {self._missing}")]
@@ -168,15 +174,15 @@ class _Between:
             return [self._eager, _noted(program, f"the graph is not at hand: {error.message.rstrip('.')}")]
 
     def _run_student(self, student: Checkpoint) -> _Stop:
-        standard = self._standard
+        standard, longest = self._standard, longest_of(student, self._standard)
         if student is standard.teacher:
-            tokens = _tokens(standard, student.tokenizer, standard.max_length or student.max_length)
-            answers = standard.predictions
+            answers, tokens = standard.predictions, tokens_of(standard, student.tokenizer, longest)
+        elif self._known is not None:
+            answers, tokens = self._known, tokens_of(standard, student.tokenizer, longest)
         else:
             self._progress.say("the student")
-            longest = min(student.max_length, standard.max_length or student.max_length)  # windows alike everywhere
-            answers, tokens = _asked(student.run, student, longest, standard, self._progress.advance)
-        metrics = _metrics(answers, standard)
+            answers, tokens = answers_of(student.run, student, longest, standard, self._progress.advance)
+        metrics = metrics_of(answers, standard)
         return _Stop(Waypoint(name="student", runtime=_EAGER, precision="fp32", metrics=metrics), answers, tokens)
 
     def _graph(self, artifact: Manifest, student: Checkpoint) -> _Stop:
@@ -193,9 +199,9 @@ class _Between:
         with closing(reference.backend.load(reference.folder, manifest)) as runner:
             runtime = runner.properties.get("runtime", manifest.format)
             run = FittedRunner(runner, manifest.settings.shapes)
-            answers, tokens = _asked(run, student, max_length, standard, self._progress.advance)
+            answers, tokens = answers_of(run, student, max_length, standard, self._progress.advance)
         audit = _audit(reference.backend, reference.folder, manifest, student)
-        metrics = _metrics(answers, standard)
+        metrics = metrics_of(answers, standard)
         waypoint = Waypoint(name="graph", runtime=runtime, precision="fp32", metrics=metrics, audit=audit)
         return _Stop(waypoint, answers, tokens, TOLERANCES["fp32"])
 
@@ -225,9 +231,9 @@ class _Between:
 
 def _teacher_stop(standard: Standard) -> _Stop:
     teacher = standard.teacher
-    metrics = _metrics(standard.predictions, standard)
+    metrics = metrics_of(standard.predictions, standard)
     waypoint = Waypoint(name="teacher", runtime=_EAGER, precision="fp32", metrics=metrics)
-    tokens = _tokens(standard, teacher.tokenizer, standard.max_length or teacher.max_length)
+    tokens = tokens_of(standard, teacher.tokenizer, standard.max_length or teacher.max_length)
     return _Stop(waypoint, standard.predictions, tokens)
 
 
@@ -254,31 +260,6 @@ def _noted(stop: _Stop, note: str) -> _Stop:
     return replace(stop, waypoint=stop.waypoint.model_copy(update={"note": note}))
 
 
-def _asked(
-    run: Run, of: Checkpoint, max_length: int, standard: Standard, progress: Progress
-) -> tuple[Predictions, list[list[int]]]:
-    """What a run answers to the rows as a checkpoint's tokenizer splits them, and those tokens."""
-    examples = examples_for(standard.teacher, standard.data, of.tokenizer, max_length)
-    answers = predict(run, examples, standard.teacher.task, of.tokenizer, progress=progress)
-    return answers, [list(feature["input_ids"]) for feature in examples.features]
-
-
-def _tokens(standard: Standard, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
-    examples = examples_for(standard.teacher, standard.data, tokenizer, max_length)
-    return [list(feature["input_ids"]) for feature in examples.features]
-
-
-def _metrics(answers: Predictions, standard: Standard) -> list[Metric]:
-    """None where the answers are not numbers, or windows of other lengths make other examples of the rows."""
-    if broken(answers) or _count(answers) != _count(standard.predictions):
-        return []
-    return quality_of(answers, standard).metrics
-
-
-def _count(answers: Predictions) -> int:
-    return len(next(iter(answers.values())))
-
-
 def _attributed(
     item: Measured, stops: Sequence[_Stop], standard: Standard, cause: Callable[[Measured, Point, np.ndarray], str]
 ) -> Candidate:
@@ -287,7 +268,7 @@ def _attributed(
     for before, stop in itertools.pairwise(stops):
         parity, note = _parity(before, stop)
         notes = "; ".join(filter(None, (stop.waypoint.note, note))) or None
-        loss = _loss(metric, before.answers, stop.answers, standard)
+        loss = loss_between(metric, before.answers, stop.answers, standard)
         waypoint = stop.waypoint.model_copy(update={"loss": loss, "parity": parity, "note": notes})
         waypoints.append(waypoint)
         found = _checks(waypoint, before.waypoint.name)
@@ -297,16 +278,6 @@ def _attributed(
         checks += found
     candidate = item.candidate
     return candidate.model_copy(update={"waypoints": waypoints, "checks": [*candidate.checks, *checks]})
-
-
-def _loss(metric: str, before: Predictions, after: Predictions, standard: Standard) -> Loss | None:
-    if broken(before) or broken(after) or _count(before) != _count(after):
-        return None
-    found = paired_difference(metric, [before], [after], standard)
-    ends = (found.low, found.high) if higher_is_better(metric) else (-found.high, -found.low)
-    return Loss(
-        metric=metric, value=found.point if higher_is_better(metric) else -found.point, low=ends[0], high=ends[1]
-    )
 
 
 def _parity(before: _Stop, stop: _Stop) -> tuple[Parity | None, str]:

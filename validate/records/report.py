@@ -191,6 +191,28 @@ class Waypoint(_Record):
         return next((metric for metric in self.metrics if metric.name == name), None)
 
 
+class StageResult(_Record):
+    """What one stage of a recipe made of the model that it started from (`start`: another stage, or `teacher`), in
+    eager torch on the same rows. `zeros` is a share of its parameters, `size_bytes` that of its weights in float32,
+    `seconds` what the change took; `loss` is to the start. A cycle that kept what it was given has no `verb`."""
+
+    name: str
+    start: str
+    verb: Literal["distill", "prune"] | None
+    method: str
+    checkpoint_hash: str
+    parameters: int = Field(ge=0)
+    zeros: float = Field(ge=0, le=1)
+    size_bytes: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    metrics: list[Metric] = []
+    loss: Loss | None = None
+
+    def metric(self, name: str) -> Metric | None:
+        """The metric of that name, or `None`."""
+        return next((metric for metric in self.metrics if metric.name == name), None)
+
+
 class Candidate(_Growing):
     """One thing that was measured. `unverified` says in words what was never tried ("never run on a GPU")."""
 
@@ -238,6 +260,8 @@ class Report(_Growing):
     command: str
     teacher: Candidate | None = None
     candidates: list[Candidate] = []
+    stages: list[StageResult] = []
+    """Of a run, what its stages made, each after its start."""
     steps: list[Step] = []
     constraints: list[str] = []
     gates: list[GateResult] = []

@@ -78,14 +78,15 @@ def _rows(candidate: Candidate, metric: str) -> Iterator[Row]:
             stop.name,
             f"{stop.runtime.partition('-')[0]}, {stop.precision}",  # without the build's number
             short_number(figure.value if figure else None),
-            _lost(stop.loss),
+            loss_text(stop.loss),
             _moved(stop),
             "–" if stop.audit is None else "the student's" if stop.audit.passed else "✘ others",
             stop.note or "",
         )
 
 
-def _lost(loss: Loss | None) -> str:
+def loss_text(loss: Loss | None) -> str:
+    """What was lost, with its interval where it has one."""
     if loss is None:
         return "–"
     if loss.low is None or loss.high is None:
@@ -109,7 +110,7 @@ def _panel(candidate: Candidate, metric: str, ends: tuple[float, float]) -> Pane
     known = _measured(candidate, metric)
     if len(known) < 2:
         return None
-    lost = [f"{stop.name} {_lost(stop.loss)}" for stop in known if stop.loss and _signed(stop.loss.value) != "0"]
+    lost = [f"{stop.name} {loss_text(stop.loss)}" for stop in known if stop.loss and _signed(stop.loss.value) != "0"]
     told = f"Lost by the {'; by the '.join(lost)}" if lost else "Nothing was lost from point to point"
     return Panel(candidate.name, told, waterfall(known, metric, ends))
 

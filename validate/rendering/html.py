@@ -31,6 +31,7 @@ from .pages import page_environment
 from .performance import SCENARIO_HEADINGS, remarks, scenario_rows
 from .program_layers import legend, programs
 from .slices import changed_examples, slice_map
+from .stages import stages
 from .trade_off import trade_off
 from .training import trainings
 
@@ -52,6 +53,7 @@ def render_html(report: Report) -> str:
         reliability_panels=list(_reliability_panels(report)),
         trainings=list(trainings(report)),
         attribution=attribution(report),
+        stages=stages(report),
         cut_panels=list(_cut_panels(report)),
         slices=slice_map(report),
         changed=changed_examples(report),

@@ -15,6 +15,7 @@ from .changes import alone, cells, diff_summary, diff_verdict, equal_text, unequ
 from .figures import VERDICT_WORDS, Column, columns, plain, summary, worst_first
 from .performance import SCENARIO_HEADINGS, remarks, scenario_rows
 from .slices import slice_tables
+from .stages import stage_table
 from .training import ends, likeness
 
 _ICONS: dict[Verdict | None, str] = {"pass": "✅", "fail": "❌", "inconclusive": "❔", None: "➖"}
@@ -34,6 +35,7 @@ def render_markdown(report: Report) -> str:
         _failed_checks(report),
         *(f"> **Note:** {_escape(note)}" for note in [*report.notes, *remarks(report)]),
         _folded("MLPerf scenarios", _scenarios(report)),
+        *(f"### {t.title}\n\n{_table(t.headings, t.rows, numbers_from=2)}" for t in stage_table(report, _escape)),
         *(f"### {t.title}\n\n{_table(t.headings, t.rows, numbers_from=3)}" for t in attribution_table(report, _escape)),
         *(_folded(t.title, _table(t.headings, t.rows, numbers_from=9)) for t in slice_tables(report, _escape)),
         _folded("Steps", _steps(report)),

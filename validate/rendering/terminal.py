@@ -17,6 +17,7 @@ from .changes import alone, cells, diff_summary, diff_verdict, equal_text, unequ
 from .figures import VERDICT_WORDS, Column, columns, summary, worst_first
 from .performance import SCENARIO_HEADINGS, remarks, scenario_rows
 from .slices import worst_slice
+from .stages import TITLE, stages
 
 _ICONS: dict[Verdict | None, str] = {"pass": "✔", "fail": "✘", "inconclusive": "?", None: "–"}
 _STYLES: dict[Verdict | None, str] = {
@@ -40,6 +41,7 @@ def render_table(report: Report) -> RenderableType:
     if any(candidate.scenarios for candidate in report.measured):
         parts += _scenarios(report)
     parts += [_text(remark, "dim") for remark in remarks(report)]
+    parts += _stages(report)
     parts += _steps(report)
     if report.gates:
         parts.append(_gates(report.gates))
@@ -132,6 +134,20 @@ def _scenarios(report: Report) -> list[RenderableType]:
         if asked or reason:
             notes.append(_text(f"{candidate}, {scenario}: {said}", "dim"))
     return [table, *notes]
+
+
+def _stages(report: Report) -> list[RenderableType]:
+    """What each stage of a run cost; what was done stands under its name."""
+    found = stages(report)
+    if found is None:
+        return []
+    table = Table(title=TITLE, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("Stage", overflow="fold", min_width=12)
+    for heading in found.headings:
+        table.add_column(_text(heading), justify="right")
+    for row in found.rows:
+        table.add_row(Text.assemble(_text(row.name, "bold"), "\n", _text(row.done, "dim")), *map(_text, row.figures))
+    return [table]
 
 
 def _steps(report: Report) -> list[RenderableType]:

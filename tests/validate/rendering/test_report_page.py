@@ -10,13 +10,22 @@ import pytest
 
 from limbeck.models.anatomy import MATRIX_KINDS
 from limbeck.validate.gates.applying import apply_gates
-from limbeck.validate.records.report import Check, Gate, Loss, Matrix, Report, Scenario, Waypoint
+from limbeck.validate.records.report import (
+    Check,
+    Gate,
+    Loss,
+    Matrix,
+    Report,
+    Scenario,
+    StageResult,
+    Waypoint,
+)
 from limbeck.validate.rendering import render_html
 from limbeck.validate.rendering.program_layers import KINDS
 
 EVIL = "<script>alert(1)</script>\"'&<img src=https://example.org/x onerror=alert(1)>"
-ORDER = ["candidates", "gates", "attribution", "trade-off", "calibration", "latency", "slices", "layers", "training",
-         "changed", "checks", "environment", "lineage"]  # fmt: skip
+ORDER = ["candidates", "gates", "stages", "attribution", "trade-off", "calibration", "latency", "slices", "layers",
+         "training", "changed", "checks", "environment", "lineage"]  # fmt: skip
 
 
 class Outline(HTMLParser):
@@ -46,7 +55,7 @@ class Outline(HTMLParser):
 
 @pytest.fixture
 def whole(full_report: Callable[..., Report]) -> Callable[..., Report]:
-    """The full report with attribution and a scenario as well: every section has something to show."""
+    """The full report with attribution, a stage and a scenario as well: every section has something to show."""
 
     def build(word: str = "student") -> Report:
         report = full_report(word)
@@ -62,6 +71,10 @@ def whole(full_report: Callable[..., Report]) -> Callable[..., Report]:
         ]  # fmt: skip
         more = {"waypoints": stops, "scenarios": [scenario]}
         report.candidates = [report.candidates[0].model_copy(update=more), *report.candidates[1:]]
+        report.stages = [
+            StageResult(name=word, start=word, verb="prune", method=word, checkpoint_hash="0", parameters=1, zeros=0.5,
+                        size_bytes=4, seconds=1, metrics=[accuracy], loss=stops[1].loss),
+        ]  # fmt: skip
         return report
 
     return build
@@ -89,6 +102,7 @@ def test_sections_stand_in_the_order_of_what_matters_and_each_can_be_reached(who
         ({"gates": []}, "gates"),
         ({"steps": []}, "training"),
         ({"steps": []}, "lineage"),
+        ({"stages": []}, "stages"),
         ({"environment": {}, "notes": [], "data": []}, "environment"),
     ],
 )
