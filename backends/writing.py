@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -62,6 +62,8 @@ class WritingSettings(BaseModel):
 
 DEFAULT_NEW_TOKENS = 256
 GREEDY = WritingSettings()
+Enough = Callable[[int, list[int]], bool]
+"""Told a prompt's place and the tokens written after it so far: whether no more of them are wanted."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,13 @@ class Writer:
     """Tokens that a text may have, what is written included: the program's cache holds no more."""
 
     def write(
-        self, prompts: Sequence[Sequence[int]], settings: WritingSettings = GREEDY
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: WritingSettings = GREEDY,
+        enough: Enough = lambda place, written: False,
     ) -> Generator[list[int | None]]:
-        """The next token of every text, again and again: `None` for one that its end token has ended. Closing the
-        iterator stops early.
+        """The next token of every text, again and again: `None` for one that its end token, or `enough`, has ended.
+        Closing the iterator stops early.
 
         Args:
             prompts: token ids, at least one each.
@@ -91,16 +96,30 @@ class Writer:
         self.decoder.start(len(prompts))
         logits, last = self.decoder.step(ids, mask, positions), positions[:, -1:]
         choose = _Choice(settings)
-        ended = np.zeros(len(prompts), dtype=bool)
+        written: list[list[int]] = [[] for _ in prompts]
+        going = np.ones(len(prompts), dtype=bool)
         for number in range(1, count + 1):
             tokens = choose(ids, logits)
-            yield [None if done else int(token) for token, done in zip(tokens, ended, strict=True)]
-            ended |= np.isin(tokens, self.end_tokens)
-            if ended.all() or number == count:
+            yield [int(token) if more else None for token, more in zip(tokens, going, strict=True)]
+            for place in np.flatnonzero(going):
+                written[place].append(int(tokens[place]))
+                going[place] = written[place][-1] not in self.end_tokens and not enough(int(place), written[place])
+            if not going.any() or number == count:
                 return
-            ids = tokens[:, None]
-            mask, last = np.concatenate([mask, np.ones_like(ids)], axis=1), last + 1
+            # what would follow an ended text is padding, which nothing reads
+            ids, last = tokens[:, None], last + 1
+            mask = np.concatenate([mask, going[:, None].astype(np.int64)], axis=1)
             logits = self.decoder.step(ids, mask, last)
+
+    def texts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: WritingSettings = GREEDY,
+        enough: Enough = lambda place, written: False,
+    ) -> list[list[int]]:
+        """What is written after every prompt, the end token with it where it came to that (see `write`)."""
+        steps = list(self.write(prompts, settings, enough))
+        return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
 
     @property
     def end_tokens(self) -> list[int]:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from ..backends.torch import EagerRunner
 from ..errors import InputError
 from ..exporters.artifact import Manifest, artifact_size
 from ..models.batching import Examples, Run
@@ -118,7 +121,8 @@ def measure_checkpoint(name: str, checkpoint: Checkpoint, standard: Standard, pr
         checkpoint_hash=checkpoint.hash,
         parameters=checkpoint.parameters,
     )
-    asked = _Asked(checkpoint.run, checkpoint.tokenizer, checkpoint.max_length, standard, progress)
+    run = EagerRunner(checkpoint, torch.get_num_threads())
+    asked = _Asked(run, checkpoint.tokenizer, checkpoint.max_length, standard, progress)
     return _with_quality(candidate, asked, standard)[0]
 
 

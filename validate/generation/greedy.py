@@ -3,8 +3,9 @@ from its teacher's."""
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,10 @@ import numpy as np
 import torch
 from scipy import stats
 
+from ...backends.rereading import decoder_of
+from ...backends.writing import Enough, Writer, WritingSettings
 from ...errors import UsageError
-from ...models.batching import Run, pad
+from ...models.batching import Run
 from ...models.checkpoint import Checkpoint
 from ...models.tasks.base import texts_of
 from ...models.tasks.language_modeling import TextGeneration
@@ -34,8 +37,6 @@ _NEW_TOKENS = 32
 _BATCH_SIZE = 8
 _ENOUGH_FOR_A_MEDIAN = 6
 """Values whose smallest and largest enclose the median with 95 % confidence."""
-Ended = Callable[[int, list[int]], bool]
-"""Told a prompt's place and the tokens written so far: whether that is enough."""
 
 
 @dataclass(frozen=True)
@@ -48,33 +49,32 @@ class LanguageModel:
     """Tokens that a text may have, what is written included."""
 
     def write(
-        self, prompts: Sequence[Sequence[int]], count: int, ended: Ended = lambda place, written: False
+        self, prompts: Sequence[Sequence[int]], count: int, enough: Enough = lambda place, written: False
     ) -> list[list[int]]:
         """The likeliest token after each prompt, and so on until there are `count`, the end token is written (and kept)
-        or `ended` says so. The whole text is run again for every token: there is no cache.
+        or `enough` says so: by the program's cache where it has one, else the whole text is run again for every token.
 
         Args:
             prompts: token ids, at least one each; with `count` more they fit in `max_length`.
+
+        Raises:
+            InputError: a prompt that is empty or too long.
         """
+        writer = Writer(decoder_of(self.run), self.tokenizer, self.max_length)
+        settings = WritingSettings(max_new_tokens=count)
         written: list[list[int]] = [[] for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))  # little padding
         for start in range(0, len(order), _BATCH_SIZE):
-            going = order[start : start + _BATCH_SIZE]
-            while going:
-                tokens = self._likeliest([[*prompts[place], *written[place]] for place in going])
-                for place, token in zip(going, tokens, strict=True):
-                    written[place].append(token)
-                going = [place for place in going if not self._is_done(place, written[place], count, ended)]
+            places = order[start : start + _BATCH_SIZE]
+            of_batch = functools.partial(_at_places, enough, places)
+            found = writer.texts([prompts[place] for place in places], settings, of_batch)
+            for place, tokens in zip(places, found, strict=True):
+                written[place] = tokens
         return written
 
-    def _is_done(self, place: int, written: list[int], count: int, ended: Ended) -> bool:
-        return len(written) >= count or written[-1] == self.tokenizer.eos_token_id or ended(place, written)
 
-    def _likeliest(self, rows: list[list[int]]) -> list[int]:
-        features = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
-        logits = np.asarray(self.run(pad(features, self.tokenizer))["logits"])
-        last = [len(row) - 1 for row in rows]
-        return [int(token) for token in logits[np.arange(len(rows)), last].argmax(axis=-1)]
+def _at_places(enough: Enough, places: Sequence[int], row: int, written: list[int]) -> bool:
+    return enough(places[row], written)
 
 
 def check_prompts(prompts: int | None, task: str) -> None:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from ...backends.torch import EagerRunner
 from ...environment import installed_version, is_importable
 from ...errors import BackendUnavailable, InputError, LimbeckError, UsageError, first_line
 from ...models.checkpoint import Checkpoint
@@ -188,7 +190,8 @@ def open_harness(asked: HarnessAsked, teacher: Checkpoint, progress: Progress) -
         raise UsageError(
             f"The lm-evaluation-harness asks models for text-generation; {teacher.source} is for {teacher.task.name}."
         )
-    return Harness(asked, LanguageModel(teacher.run, teacher.tokenizer, teacher.max_length), progress)
+    eager = EagerRunner(teacher, torch.get_num_threads())
+    return Harness(asked, LanguageModel(eager, teacher.tokenizer, teacher.max_length), progress)
 
 
 def _load(asked: HarnessAsked) -> Any:

@@ -37,7 +37,7 @@ Scored = tuple[Any, list[int], list[int]]
 
 @register_model("limbeck")
 class LimbeckLM(TemplateLM):
-    """Log-likelihoods and greedy text, by forwards without a cache.
+    """Log-likelihoods by forwards of whole texts, and greedy text by the cache of a program that has one.
 
     Args:
         pretrained: folder of an artifact or a checkpoint for text-generation, or a model that is loaded already.
@@ -139,17 +139,13 @@ class LimbeckLM(TemplateLM):
             InputError: a task that samples, or wants more tokens than the model has.
         """
         wishes = [self._wishes(request.args[1]) for request in requests]
-        prompts = [
-            self.tok_encode(request.args[0])[-(self.max_length - count) :]
-            for request, (count, _) in zip(requests, wishes, strict=True)
-        ]
-        self._say_cut([len(self.tok_encode(r.args[0])) + w[0] for r, w in zip(requests, wishes, strict=True)])
-
-        def ended(place: int, written: list[int]) -> bool:
-            count, stops = wishes[place]
-            return len(written) >= count or any(stop in self._decode(written) for stop in stops if stop)
-
-        written = self._model.write(prompts, max((count for count, _ in wishes), default=0), ended)
+        prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+        self._say_cut([len(prompt) + count for prompt, (count, _) in zip(prompts, wishes, strict=True)])
+        written: list[list[int]] = [[] for _ in requests]
+        for wanted in sorted({count for count, _ in wishes}):
+            places = [place for place, (count, _) in enumerate(wishes) if count == wanted]
+            for place, tokens in zip(places, self._write(places, wanted, prompts, wishes), strict=True):
+                written[place] = tokens
         texts = [
             postprocess_generated_text(self._decode(row), stops, None)
             for row, (_, stops) in zip(written, wishes, strict=True)
@@ -157,6 +153,17 @@ class LimbeckLM(TemplateLM):
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
+
+    def _write(
+        self, places: list[int], count: int, prompts: list[list[int]], wishes: list[tuple[int, list[str]]]
+    ) -> list[list[int]]:
+        """What follows these of the prompts, for which the same number of tokens is wanted."""
+
+        def enough(row: int, written: list[int]) -> bool:
+            return any(stop in self._decode(written) for stop in wishes[places[row]][1] if stop)
+
+        kept = [prompts[place][-(self.max_length - count) :] for place in places]
+        return self._model.write(kept, count, enough)
 
     def _wishes(self, asked: dict[str, Any]) -> tuple[int, list[str]]:
         """How many tokens a request wants, and what stops it."""
@@ -187,13 +194,14 @@ def open_language_model(folder: Path) -> LanguageModel:
         InputError: no such folder, or it is for another task.
     """
     from ...backends.registry import load_runner
+    from ...backends.torch import EagerRunner
     from ...exporters.artifact import MANIFEST_FILE, read_manifest
     from ...models.checkpoint import load_checkpoint, load_tokenizer
 
     if not (folder / MANIFEST_FILE).exists():
         checkpoint = load_checkpoint(folder)
         _check_task(folder, checkpoint.task.name)
-        return LanguageModel(checkpoint.run, checkpoint.tokenizer, checkpoint.max_length)
+        return LanguageModel(EagerRunner(checkpoint), checkpoint.tokenizer, checkpoint.max_length)
     _check_task(folder, read_manifest(folder).task)
     runner, manifest = load_runner(folder)
     return LanguageModel(runner, load_tokenizer(folder), manifest.max_length)
