@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,15 +63,8 @@ class OnnxRunner(Runner):
         }
 
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        from onnxruntime.capi import onnxruntime_pybind11_state as errors
-
-        try:
+        with _refusals(next(iter(batch.values())).shape):
             values = self._session.run(self._outputs, self._feed(batch))
-        except (errors.InvalidArgument, errors.RuntimeException, errors.Fail) as error:
-            shape = tuple(next(iter(batch.values())).shape)
-            raise InputError(
-                f"The program does not take inputs of shape {shape}: {str(error).splitlines()[0]}"
-            ) from error
         return {name: value.astype("float32") for name, value in zip(self._outputs, values, strict=True)}
 
     def prepare(self, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
@@ -97,6 +90,18 @@ class OnnxRunner(Runner):
 
     def decoder(self) -> Decoder:
         return _OnnxDecoder(self._session) if self._keeps else super().decoder()
+
+
+@contextmanager
+def _refusals(shape: Sequence[int]) -> Iterator[None]:
+    """What the runtime refuses of inputs of this shape is an input error."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+    try:
+        yield
+    except (errors.InvalidArgument, errors.RuntimeException, errors.Fail, RuntimeError) as error:
+        said = str(error).splitlines()[0]
+        raise InputError(f"The program does not take inputs of shape {tuple(shape)}: {said}") from error
 
 
 class _OnnxDecoder(Decoder):
@@ -130,7 +135,8 @@ class _OnnxDecoder(Decoder):
             binding.bind_ortvalue_input(name, kept)
         for name in self._outputs:
             binding.bind_output(name)
-        self._session.run_with_iobinding(binding)
+        with _refusals(ids.shape):
+            self._session.run_with_iobinding(binding)
         found = dict(zip(self._outputs, binding.get_outputs(), strict=True))
         logits: np.ndarray = found["logits"].numpy()[:, -1].astype("float32", copy=False)
         kept = {name: value for name, value in found.items() if name.startswith(PRESENT_OUTPUTS)}

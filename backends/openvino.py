@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,13 +70,10 @@ class OpenVINORunner(Runner):
         self.properties["threads"] = self.properties["INFERENCE_NUM_THREADS"]
 
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        try:
+        with _refusals(next(iter(batch.values())).shape):
             if self._keeps:
                 self._request.reset_state()
             values = self._request.infer(self._feed(batch), share_inputs=True)
-        except RuntimeError as error:
-            shape = tuple(next(iter(batch.values())).shape)
-            raise InputError(f"The program does not take inputs of shape {shape}: {_last_line(error)}") from error
         return {name: values[name].astype("float32") for name in self._outputs}
 
     def prepare(self, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
@@ -102,6 +100,15 @@ class OpenVINORunner(Runner):
         return _OpenVINODecoder(self._request, self._inputs) if self._keeps else super().decoder()
 
 
+@contextmanager
+def _refusals(shape: Sequence[int]) -> Iterator[None]:
+    """What the runtime refuses of inputs of this shape is an input error."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise InputError(f"The program does not take inputs of shape {tuple(shape)}: {_last_line(error)}") from error
+
+
 class _OpenVINODecoder(Decoder):
     """The cache is state of the infer request."""
 
@@ -116,7 +123,8 @@ class _OpenVINODecoder(Decoder):
     def step(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         feed = {name: given[name] for name in self._inputs}
-        found = self._request.infer({**feed, **self._rows}, share_inputs=True, share_outputs=True)
+        with _refusals(ids.shape):
+            found = self._request.infer({**feed, **self._rows}, share_inputs=True, share_outputs=True)
         logits: np.ndarray = found["logits"][:, -1].astype("float32", copy=False)
         return logits
 

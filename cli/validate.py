@@ -38,7 +38,7 @@ Examples:
     "builtin",
     multiple=True,
     metavar="NAMES",
-    help="Of length, typos, case, punctuation, unicode; for text-generation also adversarial, ambiguous.",
+    help="Of length, typos, case, punctuation, unicode; for text-generation also position, adversarial, ambiguous.",
 )
 @click.option(
     "--pairs",

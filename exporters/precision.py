@@ -7,7 +7,7 @@ overflows first (float16 ends at 65,504), and they cost next to nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import ExportMismatch
+from .kv_cache import PAST
 
 ATTENTION = "limbeck_float32_softmax"
 """Our attention function's name in transformers' `AttentionInterface`."""
@@ -118,7 +119,11 @@ def _float32_inside(norm: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def _float32_outputs(module: nn.Module) -> Iterator[None]:
     def widen(_: nn.Module, __: tuple[Any, ...], outputs: Any) -> Any:
-        return torch.utils._pytree.tree_map_only(torch.Tensor, _float32, outputs)
+        """What is kept of a text stays as it is, for the next call takes it in."""
+        if not isinstance(outputs, Mapping):
+            return _all_float32(outputs)
+        named = {name: kept if name.startswith(PAST) else _all_float32(kept) for name, kept in outputs.items()}
+        return type(outputs)(**named)
 
     handle = module.register_forward_hook(widen)
     try:
@@ -251,6 +256,10 @@ def boolean_mask(*, attention_mask: torch.Tensor | None = None, **settings: Any)
 
 def _float32(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _all_float32(values: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(torch.Tensor, _float32, values)
 
 
 def _text(dtype: torch.dtype) -> str:

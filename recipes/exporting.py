@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from ..backends.base import ExportJob, Runner
 from ..backends.registry import backend_for, get_backend
 from ..errors import ExportMismatch, InputError, UsageError
 from ..exporters.artifact import CheckRecord, Manifest, seal
 from ..exporters.fitting import fitted, padded_to
-from ..exporters.inputs import probe_batch, probe_batches, token_stream
+from ..exporters.inputs import longest, probe_batch, probe_batches, token_stream
 from ..exporters.kv_cache import keeps_cache, require_growing_sizes
 from ..exporters.model_card import write_model_card
 from ..exporters.program import Floor
@@ -26,6 +27,7 @@ from ..models.lineage import TRAINING_ROWS_FILE
 from ..validate.measurement import score_run, scores_of
 from ..validate.metrics.quality import headline_metric, higher_is_better
 from ..validate.performance.speed import medians_in_turn
+from ..validate.proofs.cache import check_cache, readings_of, tolerance_of
 from ..validate.proofs.parity import check_parity
 from ..validate.proofs.tokenizer_check import TOKENIZER_CHECK, check_tokenizer_graph, read_otherwise
 from ..validate.proofs.weight_audit import audit_weights
@@ -238,7 +240,24 @@ def _check(
 ) -> list[CheckRecord]:
     progress.say("comparing outputs with torch")
     probes = probe_batches(checkpoint, manifest.settings.shapes, token_stream(batches))
-    return [check_parity(runner, checkpoint.run, probes, manifest.settings.precision)]
+    checks = [check_parity(runner, checkpoint.run, probes, manifest.settings.precision)]
+    return [*checks, *_check_cache(checkpoint, manifest, runner, batches, progress)]
+
+
+def _check_cache(
+    checkpoint: Checkpoint, manifest: Manifest, runner: Runner, batches: Sequence[Batch], progress: Progress
+) -> list[CheckRecord]:
+    """Nothing of a program that keeps nothing."""
+    if manifest.cache is None:
+        return []
+    progress.say("comparing what is read in pieces with what is read in one")
+    shapes, stream = manifest.settings.shapes, token_stream(batches)
+
+    def draw(texts: int, tokens: int) -> Any:
+        return probe_batch(checkpoint, texts, tokens, stream=stream)["input_ids"]
+
+    readings = readings_of(draw, shapes, longest(checkpoint, shapes))
+    return [check_cache(runner, readings, tolerance_of(manifest.settings.precision, manifest.cache.precision))]
 
 
 def _audit(checkpoint: Checkpoint, manifest: Manifest, folder: Path, progress: Progress) -> CheckRecord | None:

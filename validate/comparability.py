@@ -18,7 +18,7 @@ _OF_THE_MACHINE = ("latency_", "speedup_", "cold_start_", "peak_memory_", "energ
 _OF_THE_ARTIFACT = ("size_mb", "parameters")
 _TO_THE_TEACHER = re.compile(
     r"(_kept|_difference|_ratio|_difference_max|_agreement)$|^(agreement_|speedup_)|"
-    r"^(flip_rate|kl_mean|js_mean|cosine_mean|cosine_min)$"
+    r"^(flip_rate|kl_mean|js_mean|cosine_mean|cosine_min|next_token_kl|generation_identical|first_divergence)$"
 )
 """Names of metrics that hold a candidate against its teacher."""
 _CPU_FACTS = ("name", "cpus", "instruction_sets")

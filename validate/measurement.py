@@ -14,6 +14,7 @@ from ..exporters.artifact import Manifest, artifact_size
 from ..models.batching import Examples, Run
 from ..models.checkpoint import Checkpoint, load_tokenizer
 from ..models.data import Data
+from .generation.divergence import BesideTeacher
 from .metrics.changed import most_changed
 from .metrics.quality import Quality, measure_quality, score
 from .predictions import Predictions, Progress, broken, predict
@@ -156,7 +157,8 @@ class _Asked:
         teacher, cut = self.standard.teacher, self.standard.max_length or self.max_length
         if not isinstance(rows, Examples):
             rows = examples_for(teacher, rows, self.tokenizer, min(self.max_length, cut))
-        return predict(self.run, rows, teacher.task, self.tokenizer, progress=self.progress)
+        run = BesideTeacher(self.run, teacher.run) if teacher.task.name == "text-generation" else self.run
+        return predict(run, rows, teacher.task, self.tokenizer, progress=self.progress)
 
 
 def _with_quality(candidate: Candidate, answer: _Asked, standard: Standard) -> tuple[Candidate, Predictions]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,10 +61,16 @@ class SliceStandard:
     standard: Standard
     positions: np.ndarray | None = None
     """Which of the whole's examples these are; `None` where the slice has rows of its own, which have to be run."""
+    tokens: tuple[slice, ...] | None = None
+    """Which of the tokens that are scored of each of these examples; all where not given."""
     together: PairRows | None = None
     """Which of its rows belong together, where that is what it is about."""
     examples: Examples | None = None
     """Its rows in tokens, where these are given and not what a candidate's tokenizer makes of them."""
+
+    def part_of(self, answers: Predictions) -> Predictions:
+        """Its part of the answers to the whole, where it has `positions`."""
+        return part_of(answers, self.positions, self.tokens)
 
     @property
     def count(self) -> int:
@@ -72,6 +78,16 @@ class SliceStandard:
         if self.together is not None:
             return len(self.together.groups)
         return len(self.standard.rows) // (2 if self.standard.pairs else 1)
+
+
+def part_of(answers: Predictions, positions: np.ndarray | None, tokens: Sequence[slice] | None = None) -> Predictions:
+    """The answers to some examples, int64 [examples]; of each only those to some of its tokens, where these are
+    given."""
+    found = {name: values[positions] for name, values in answers.items()}
+    for values in found.values() if tokens is not None else ():
+        for row, some in enumerate(tokens):
+            values[row] = values[row][some]
+    return found
 
 
 @dataclass(frozen=True)

@@ -28,17 +28,22 @@ class _LanguageModeling(Task):
     fields = (Field("text", ("sentence", "content", "review", "document")),)
 
     def predictions(self, outputs: Mapping[str, np.ndarray], batch: Batch) -> dict[str, np.ndarray]:
-        """At every scored token of a row: its negative log-likelihood (nats), the top token and its probability."""
+        """At every scored token of a row: its negative log-likelihood (nats), the top token and its probability; and
+        `kl` [batch, sequence], where the outputs have it."""
         logits = np.asarray(outputs[self.output], dtype=np.float32)
-        columns = ("nll", "top_token", "confidence")
+        columns, labels = ("nll", "top_token", "confidence"), batch["labels"].numpy()
         kept: dict[str, np.ndarray] = {name: np.empty(len(logits), dtype=object) for name in columns}
-        for i, (row, target) in enumerate(zip(*self._aligned(logits, batch["labels"].numpy()), strict=True)):
+        for i, (row, target) in enumerate(zip(*self._aligned(logits, labels), strict=True)):
             scored = target != IGNORED_LABEL
             row, target = row[scored], target[scored]
             log_probabilities = row - _logsumexp(row)
             kept["nll"][i] = -log_probabilities[np.arange(len(target)), target]
             kept["top_token"][i] = row.argmax(axis=-1)
             kept["confidence"][i] = np.exp(log_probabilities.max(axis=-1, initial=-np.inf))
+        if "kl" in outputs:
+            kept["kl"] = np.empty(len(logits), dtype=object)
+            for i, (row, target) in enumerate(zip(*self._aligned(outputs["kl"], labels), strict=True)):
+                kept["kl"][i] = row[target != IGNORED_LABEL]
         return kept
 
     def loss(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:

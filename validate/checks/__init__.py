@@ -9,6 +9,7 @@ from ...errors import InputError
 from ..records.report import Check
 from .base import Subject, SubjectCheck, Unchecked, subject_of
 from .behaviour import Causality, LongInputs, PaddingMask, Repeatability, Shapes
+from .cache import KeptTokens
 from .labels import LabelNames, LabelOrder
 from .parity import ParityWithStudent
 from .precision import RuntimePrecision, StoredPrecision
@@ -35,6 +36,7 @@ CHECKS: dict[str, type[SubjectCheck]] = {
         Repeatability,
         PaddingMask,
         Causality,
+        KeptTokens,
         ParityWithStudent,
         LabelOrder,
         ActivationRanges,

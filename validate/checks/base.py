@@ -15,6 +15,7 @@ import torch
 from ...backends.registry import backend_of_format
 from ...errors import BackendUnavailable, InputError
 from ...exporters.inputs import token_stream, vocabulary_of
+from ...exporters.kv_cache import POSITIONS
 from ...exporters.layer_facts import ProgramFacts
 from ...files import read_json
 from ...models.batching import Batch, Examples, pad
@@ -105,7 +106,7 @@ class Subject:
     def batch_of(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Batch:
         """The program's inputs for these token ids, int64 [batch, sequence]; all of them real without a mask."""
         named = {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
-        names = [spec.name for spec in self.manifest.inputs]
+        names = [spec.name for spec in self.manifest.inputs if spec.name != POSITIONS]  # which follow from the mask
         return {name: named.get(name, torch.zeros_like(ids)) for name in dict.fromkeys([*named, *names])}
 
     def real_tokens(self, batch: int, sequence: int) -> torch.Tensor:

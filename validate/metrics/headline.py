@@ -17,7 +17,7 @@ _ACROSS_TASKS = ("spearman", "recall_at_1", "f1", "accuracy", "perplexity", "agr
 _LOWER_IS_BETTER = frozenset({
     "flip_rate", "kl_mean", "js_mean", "probability_difference_max", "logit_difference_max",
     "similarity_difference_max", "ece", "ece_equal_width", "brier", "nll", "nll_difference", "perplexity",
-    "perplexity_ratio", "gap", "gap_amplification",
+    "perplexity_ratio", "next_token_kl", "gap", "gap_amplification",
 })  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""What is measured on language models: perplexity, and how often the top token is the teacher's."""
+"""What is measured on language models: perplexity, how often the top token is the teacher's, and how far the
+distribution of the next token is from its."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..predictions import Predictions
-from .drafts import MetricDraft, figure_of_sums, ratio, share_figure
+from .drafts import MetricDraft, figure_of_sums, mean_figure, ratio, share_figure
 
 
 def language_drafts(teacher: Predictions | None, candidate: Predictions) -> Iterator[MetricDraft]:
@@ -32,6 +33,9 @@ def language_drafts(teacher: Predictions | None, candidate: Predictions) -> Iter
     windows = np.repeat(np.arange(len(same)), [len(window) for window in same])
     told = "share of top tokens that are the teacher's"
     yield share_figure("token_agreement", told, np.concatenate(same), windows)
+    if "kl" in candidate:
+        told = "KL divergence of the candidate's next-token distribution from the teacher's, mean over tokens"
+        yield mean_figure("next_token_kl", told, np.concatenate(list(candidate["kl"])), windows, unit="nats")
 
 
 def _perplexity(sums: np.ndarray, side: int = 0) -> np.ndarray:

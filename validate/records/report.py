@@ -32,7 +32,9 @@ __all__ = ["REFERENCE_WORDS", "Candidate", "ChangedExample", "Check", "Curve", "
            "Report", "Scenario", "Slice", "Step", "Temperature", "Verdict", "Waypoint", "exact_number", "load_report",
            "save_report"]  # fmt: skip
 
-SliceKind = Literal["file", "column", "length", "perturbed", "invariance", "counterfactual", "bias", "prompts"]
+SliceKind = Literal[
+    "file", "column", "length", "position", "perturbed", "invariance", "counterfactual", "bias", "prompts"
+]
 _PROBLEMS_SHOWN = 3
 FEWEST_IN_A_SLICE = 30
 """Examples below which the figures of a slice are too uncertain to pass a gate."""

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-BuiltinSlice = Literal["length", "typos", "case", "punctuation", "unicode", "adversarial", "ambiguous"]
-"""Slices that need no file: by length, one a perturbation, and one a kind of prompt (`prompts.py`)."""
+BuiltinSlice = Literal["length", "position", "typos", "case", "punctuation", "unicode", "adversarial", "ambiguous"]
+"""Slices that need no file: by length, by the place of a token in its window, one a perturbation, and one a kind of
+prompt (`prompts.py`)."""
 SHARE = 0.1
 """Share of the words (of the letters, for look-alikes) that are changed; at least one, where there is one to change."""
 _LETTERS_OF_A_TYPO = 3  # shorter words become other words too easily

@@ -4,6 +4,7 @@ is measured on each (`measuring.py`), and a mean over all rows hides none of the
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
@@ -11,19 +12,21 @@ from typing import Any, get_args
 import numpy as np
 
 from ...errors import InputError, UsageError, did_you_mean
+from ...models.batching import IGNORED_LABEL, Feature
 from ...models.data import TEXT_FIELDS, Data
 from ..generation.continuations import continued
 from ..predictions import Progress, predict
 from ..rows.pairs import PairRows
 from ..rows.perturbations import PERTURBATIONS, BuiltinSlice, Perturbation
 from ..rows.prompts import PROMPT_SLICES, prompts
-from ..standard import SliceStandard, Standard, examples_for, set_standard
+from ..standard import SliceStandard, Standard, examples_for, part_of, set_standard
 
 __all__ = ["BUILTIN", "SlicesAsked", "with_slices"]
 
 BUILTIN: tuple[str, ...] = get_args(BuiltinSlice)
 MOST_VALUES = 20
 """Values of a column that slices are made of: of more, each would have too few rows to say anything."""
+_QUARTERS = 4
 _UNCUT = 1_000_000
 """Tokens that no text has: what tells how long one is before it is cut."""
 _JOINT = "\ue000"
@@ -72,6 +75,8 @@ def with_slices(
     for name in dict.fromkeys(asked.builtin):
         if name == "length":
             found += _by_length(standard, limit)
+        elif name == "position":
+            found += _by_position(standard)
         elif name in PROMPT_SLICES:
             found.append(_prompted(standard, name, limit, progress))
         else:
@@ -100,6 +105,12 @@ def check_builtin(names: Collection[str], task: str) -> None:
                 f"{task}.",
                 f"Leave it out; for {task} there are length, {', '.join(PERTURBATIONS)}.",
             )
+        if name == "position" and task != "text-generation":
+            raise UsageError(
+                "The slice 'position' is of tokens by what stands before them, which only a text-generation model goes "
+                f"by; this one is for {task}.",
+                "Leave it out; length is by the tokens of a whole text.",
+            )
         change = PERTURBATIONS.get(name)
         if change is not None and task == "token-classification" and not change.for_tagged_words:
             able = ", ".join(each.name for each in PERTURBATIONS.values() if each.for_tagged_words)
@@ -109,17 +120,19 @@ def check_builtin(names: Collection[str], task: str) -> None:
             )
 
 
-def _part(standard: Standard, positions: np.ndarray, name: str, kind: Any) -> SliceStandard:
-    """Some of the whole's examples: nothing has to be run again."""
+def _part(
+    standard: Standard, positions: np.ndarray, name: str, kind: Any, tokens: tuple[slice, ...] | None = None
+) -> SliceStandard:
+    """Some of the whole's examples, or of their tokens: nothing has to be run again."""
     rows = standard.rows[positions]
     own = replace(
         standard,
         references=_references(standard, np.unique(rows)),
-        predictions={key: values[positions] for key, values in standard.predictions.items()},
+        predictions=part_of(standard.predictions, positions, tokens),
         rows=rows,
         slices=(),
     )
-    return SliceStandard(name, kind, own, positions)
+    return SliceStandard(name, kind, own, positions, tokens)
 
 
 def _references(standard: Standard, rows: np.ndarray) -> np.ndarray | None:
@@ -183,6 +196,31 @@ def _by_length(standard: Standard, limit: int) -> Iterator[SliceStandard]:
         low = high + 1
     if (lengths > limit).any():
         yield _part(standard, np.flatnonzero(lengths > limit), f"length beyond {limit}", "length")
+
+
+def _by_position(standard: Standard) -> Iterator[SliceStandard]:
+    """The scored tokens in quarters of the longest window, by how many tokens stand before each in its window."""
+    before = [_places_scored(feature) for feature in _windows(standard)]
+    longest = max(int(places[-1]) for places in before if len(places)) + 1
+    edges = [longest * quarter // _QUARTERS for quarter in range(_QUARTERS + 1)]
+    for low, high in itertools.pairwise([1, *edges[1:]]):
+        spans = [slice(*np.searchsorted(places, (low, high))) for places in before]
+        chosen = np.flatnonzero([some.start < some.stop for some in spans])
+        if len(chosen):
+            yield _part(
+                standard, chosen, f"position {low}-{high - 1}", "position", tuple(spans[index] for index in chosen)
+            )
+
+
+def _windows(standard: Standard) -> list[Feature]:
+    teacher = standard.teacher
+    limit = standard.max_length or teacher.max_length
+    return examples_for(teacher, standard.data, teacher.tokenizer, limit).features
+
+
+def _places_scored(window: Feature) -> np.ndarray:
+    """How many tokens stand before each that is scored, rising: int64 [scored]. The first of a window never is."""
+    return np.flatnonzero(np.asarray(window["labels"][1:]) != IGNORED_LABEL) + 1
 
 
 def _lengths(standard: Standard, limit: int) -> np.ndarray:

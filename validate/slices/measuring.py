@@ -37,7 +37,7 @@ def measure_slices(standard: Standard, answers: Predictions, answer: Answer) -> 
     """
     slices, checks = [], []
     for part in standard.slices:
-        ours = answer(part.examples or part.standard.data) if part.positions is None else _at(answers, part)
+        ours = answer(part.examples or part.standard.data) if part.positions is None else part.part_of(answers)
         if broken(ours):
             checks.append(
                 Check(name="finite outputs", passed=False, detail=f"NaN or infinity on the slice {part.name}")
@@ -58,10 +58,6 @@ def _changed(part: SliceStandard, ours: Predictions) -> list[ChangedExample]:
         return found
     places = part.together.places
     return [item.model_copy(update={"row": int(places[item.row - 1]) + 1}) for item in found]
-
-
-def _at(answers: Predictions, part: SliceStandard) -> Predictions:
-    return {name: values[part.positions] for name, values in answers.items()}
 
 
 def _drafts(whole: Standard, part: SliceStandard, answers: Predictions, ours: Predictions) -> Iterable[MetricDraft]:
