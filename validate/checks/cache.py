@@ -125,6 +125,13 @@ def _lost(which: Callable[[Sequence[int]], list[int]]) -> Callable[[Step, Sequen
     return plant
 
 
+def _first_lost(step: Step, ends: Sequence[int]) -> Step:
+    """One more with every step."""
+    ids, mask, positions = step
+    mask[mask.cumsum(axis=1) <= len(ends)] = 0
+    return ids, mask, positions
+
+
 _DEFECTS = (
     _Defect("padding on the left is read as text", _padding_read),
     _Defect("positions are counted from the padding on", _from_the_padding),
@@ -132,6 +139,6 @@ _DEFECTS = (
     _Defect("positions are off by one after the prompt (-1)", _shifted(-1)),
     _Defect("positions start again with every piece", _restarted),
     _Defect("nothing is kept of what was read", _lost(lambda ends: list(range(ends[-1] if ends else 0)))),
-    _Defect("a token is lost at every step: the first that is kept", _lost(lambda ends: list(range(len(ends))))),
+    _Defect("a token is lost at every step: the first that is kept", _first_lost),
     _Defect("a token is lost at every step: the last that was read", _lost(lambda ends: [end - 1 for end in ends])),
 )

@@ -180,6 +180,49 @@ def test_lengths_part_the_examples(task: str, request: pytest.FixtureRequest) ->
     assert all(left[1] < right[0] for left, right in itertools.pairwise(bounds))
 
 
+def test_positions_part_the_tokens_of_windows(novel: Slicing) -> None:
+    limit = novel.teacher.max_length
+    standard = novel.standard(SlicesAsked(builtin=["position"]))
+    assert [part.name for part in standard.slices] == [
+        f"position {low}-{high - 1}"
+        for low, high in itertools.pairwise([1, limit // 4, limit // 2, 3 * limit // 4, limit])
+    ]
+    candidate = measure_checkpoint("student", novel.student, standard, quiet)
+    found = by_name(candidate)
+    whole, parts = candidate.metric("perplexity"), [part.metric("perplexity") for part in found.values()]
+    assert all(part.kind == "position" for part in found.values())
+    assert whole is not None and whole.count == sum(part.count for part in parts)  # each token is in one of them
+    mean = sum(part.count * np.log(part.value) for part in parts) / whole.count
+    assert mean == pytest.approx(np.log(whole.value), rel=1e-6)
+    theirs = sum(part.count * np.log(part.teacher) for part in parts) / whole.count
+    assert theirs == pytest.approx(np.log(whole.teacher), rel=1e-6)
+    assert found["position 1-15"].count == 23  # where a text begins: later windows score no token so early
+    assert 0 < found["position 48-63"].count < len(standard.rows)
+    assert not candidate.changed or all(part.changed == [] for part in found.values())
+
+
+def test_a_model_that_fails_late_in_its_context_is_seen_there(novel: Slicing) -> None:
+    """As one does whose positions were never trained beyond 32."""
+    standard = novel.standard(SlicesAsked(builtin=["position"]))
+    student = load_checkpoint(novel.teacher.source, "text-generation")
+    with torch.no_grad():
+        student.model.transformer.wpe.weight[32:] = 0
+    found = by_name(measure_checkpoint("student", student, standard, quiet))
+    kl = [part.metric("next_token_kl").value for part in found.values()]
+    assert kl[0] == pytest.approx(0, abs=1e-9) and kl[1] == pytest.approx(0, abs=1e-9)
+    assert min(kl[2:]) > 1e-3
+
+
+def test_texts_that_are_short_have_fewer_positions(tiny_checkpoint: Write, write_jsonl: Write, tmp_path: Path) -> None:
+    teacher = load_checkpoint(tiny_checkpoint("gpt2", "text-generation"))
+    rows = teacher.read(write_jsonl(tmp_path / "short.jsonl", [{"text": "a fox"}, {"text": "rain"}]))
+    standard = with_slices(set_standard(teacher, rows), SlicesAsked(builtin=["position"]), 64)
+    assert 1 <= len(standard.slices) <= 4
+    assert sum(len(row) for part in standard.slices for row in part.standard.predictions["nll"]) == sum(
+        len(row) for row in standard.predictions["nll"]
+    )
+
+
 def test_what_is_cut_is_a_slice_of_its_own(sentiment: Slicing) -> None:
     found = by_name(sentiment.measured(SlicesAsked(builtin=["length"])))
     assert found["length beyond 64"].count == 1
@@ -264,7 +307,9 @@ def test_what_does_not_suit_is_refused(sentiment: Slicing, tagged: Slicing) -> N
             tagged.standard(SlicesAsked(builtin=[name]))
     with pytest.raises(UsageError, match="Two slices are called 'typos'"):
         sentiment.standard(SlicesAsked(files={"typos": sentiment.rows()}, builtin=["typos"]))
-    assert set(BUILTIN) == {"length", *PERTURBATIONS, *PROMPT_SLICES}
+    assert set(BUILTIN) == {"length", "position", *PERTURBATIONS, *PROMPT_SLICES}
+    with pytest.raises(UsageError, match=r"'position' is of tokens .*; this one is for text-classification"):
+        sentiment.standard(SlicesAsked(builtin=["position"]))
 
 
 def test_the_teacher_is_asked_once_for_all_candidates(sentiment: Slicing, monkeypatch: pytest.MonkeyPatch) -> None:
