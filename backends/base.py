@@ -150,6 +150,15 @@ class Backend(ABC):
     def probe(self) -> Availability:
         """Look at the machine without importing anything heavy."""
 
+    def check_settings(self, settings: ExportSettings) -> None:
+        """Refuse settings that do not go together, or not here, before a model is loaded or trained.
+
+        Raises:
+            UsageError: options, precision and sparsity that contradict each other.
+            BackendUnavailable: a device or a package that they need is not here.
+        """
+        return
+
     @abstractmethod
     def export(self, job: ExportJob, folder: Path) -> ExportedProgram:
         """Write the program's files into an empty folder and say what they are.

@@ -111,6 +111,7 @@ def backend_for(settings: ExportSettings) -> Backend:
             "Leave --sparsity out: the zeros stay in the weights all the same.",
         )
     checked_options(backend.options(), settings.options, backend.name)
+    backend.check_settings(settings)
     if settings.tokenizer_graph:
         _require_tokenizer_graphs(backend)
     available = backend.probe()

@@ -66,7 +66,7 @@ class TensorRTBackend(Backend):
         from ..exporters.options import checked_options
         from ..exporters.program import ExportedProgram
         from ..exporters.settings import CALIBRATED
-        from ..exporters.sparsity import require_pattern, sparsity_evidence
+        from ..exporters.sparsity import prunable_modules, require_pattern, sparsity_evidence
 
         options = checked_options(self.options(), job.settings.options, self.name)
         shapes = job.settings.shapes.within(job.checkpoint.max_length)
@@ -75,7 +75,7 @@ class TensorRTBackend(Backend):
         job.progress("tracing the graph")
         exported = tensorrt.export_graph(job.checkpoint, settings, options.rest, job.calibration)
         exported.save_pretrained(folder)
-        sparse_layers = sparsity_evidence(folder / onnx.GRAPH_FILE, tensorrt.prunable_modules(job.checkpoint))
+        sparse_layers = sparsity_evidence(folder / onnx.GRAPH_FILE, prunable_modules(job.checkpoint))
         if settings.sparsity is not None:
             require_pattern(sparse_layers, job.checkpoint.source)
         rest = options.rest if settings.precision in CALIBRATED else settings.precision

@@ -1,7 +1,7 @@
 """Machine code out of artifacts runs only where it was made, or where the user says so.
 
 Artifacts come from anybody, and whoever opens compiled code runs it. So the hash of such an artifact is noted in the
-user's cache folder when it is sealed here; one that came from elsewhere is opened when its id stands in `LIMBECK_TRUST`.
+user's cache folder when it is sealed here; one that came from elsewhere is opened if its id stands in `LIMBECK_TRUST`.
 The id is made of the hashes of its files, which are verified before anything is opened: another file is another id.
 """
 
@@ -49,8 +49,8 @@ def require_trusted(folder: Path, manifest: Manifest, backend: Backend) -> None:
         return
     known = manifest.artifact_id
     raise InputError(
-        f"The artifact {known} in {folder} is machine code ({manifest.format}), which runs when it is opened, and it was "
-        "not made on this machine.",
+        f"The artifact {known} in {folder} is machine code ({manifest.format}), which runs when it is opened, and it "
+        "was not made on this machine.",
         f"If you trust who made it, set {TRUST_VARIABLE}={known}; or make it here from its checkpoint: limbeck export "
         f"CHECKPOINT --backend {manifest.settings.backend}.",
     )

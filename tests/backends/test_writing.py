@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from limbeck import export, load_checkpoint
 from limbeck.backends.registry import load_runner
-from limbeck.backends.torch import EagerRunner
+from limbeck.backends.torch_eager import EagerRunner
 from limbeck.backends.writing import Writer, WritingSettings
 from limbeck.errors import InputError, UsageError
 from limbeck.exporters.artifact import read_manifest
