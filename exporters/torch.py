@@ -7,7 +7,6 @@ and lie on the disk once.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -170,8 +169,8 @@ def compile_package(traced: Traced, folder: Path) -> None:
 
 @contextmanager
 def _all_weights_outside() -> Iterator[None]:
-    """inductor writes vectors of up to 8 numbers (a classifier's bias) into the code, where nobody could read them back;
-    here they stay with the other weights."""
+    """inductor writes vectors of up to 8 numbers (a classifier's bias) into the code, where nobody could read them
+    back; here they stay with the other weights."""
     from torch._inductor.graph import GraphLowering
 
     with patch.object(GraphLowering, "can_inline_constant", staticmethod(lambda _: False)):
@@ -237,7 +236,8 @@ def require_compiler() -> None:
 
 def cxx() -> str:
     """The C++ compiler that torch calls."""
-    return os.environ.get("CXX", "g++")
+    named = torch._inductor.config.cpp.cxx
+    return str(named[-1] if isinstance(named, tuple | list) else named)
 
 
 def sparse_layers(checkpoint: Checkpoint) -> list[SparseLayer]:
