@@ -103,9 +103,11 @@ rows_of_four = hnp.arrays(
 )
 
 
-@given(weight=rows_of_four)
-def test_the_pattern_is_what_the_format_of_the_kernels_holds(weight: np.ndarray) -> None:
-    """torch's own conversion, which on the CPU is plain torch: what is 2:4 comes back whole, what is not loses values."""
+@given(weight=rows_of_four, zeros=st.sets(st.integers(0, 3), max_size=3))
+def test_the_pattern_is_what_the_format_of_the_kernels_holds(weight: np.ndarray, zeros: set[int]) -> None:
+    """torch's own conversion, plain torch on the CPU: what is 2:4 comes back whole, other weights lose some."""
+    for place in zeros:
+        weight[:, place::4] = 0
     tensor = torch.from_numpy(weight).to(torch.float16)
     assert is_two_of_four(tensor) == is_semi_structured(weight, 1)
     back = sparse_semi_structured_to_dense_cutlass(*sparse_semi_structured_from_dense_cutlass(tensor))
