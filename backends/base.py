@@ -136,6 +136,9 @@ class Backend(ABC):
     """Compile properties that a manifest may hand to the runtime. Artifacts come from anybody, and runtimes have
     properties that name files to read or folders to write."""
 
+    reference_options: ClassVar[Mapping[str, Any]] = {}
+    """Its options for the float32 graph that attribution and `bisect` refer to."""
+
     @classmethod
     def options(cls) -> type[BackendOptions]:
         """The options of its own (`--option NAME=VALUE`); none unless it says so."""
@@ -146,6 +149,15 @@ class Backend(ABC):
     @abstractmethod
     def probe(self) -> Availability:
         """Look at the machine without importing anything heavy."""
+
+    def check_settings(self, settings: ExportSettings) -> None:
+        """Refuse settings that do not go together, or not here, before a model is loaded or trained.
+
+        Raises:
+            UsageError: options, precision and sparsity that contradict each other.
+            BackendUnavailable: a device or a package that they need is not here.
+        """
+        return
 
     @abstractmethod
     def export(self, job: ExportJob, folder: Path) -> ExportedProgram:
@@ -172,6 +184,11 @@ class Backend(ABC):
         Raises:
             BackendUnavailable: the runtime or the device is not here.
         """
+
+    def runs_machine_code(self, manifest: Manifest) -> bool:
+        """Whether loading an artifact of this manifest runs code that it brings. Such an artifact is loaded only where
+        it was made, or where the user trusts it by its id (`trust.py`)."""
+        return False
 
     def build(self, job: BuildJob, folder: Path) -> dict[str, Any]:
         """Turn a kit into the built program's files in an empty folder, on the device it will run on; returns evidence

@@ -13,6 +13,7 @@ from ..environment import is_importable
 from ..errors import BackendUnavailable, InputError, UsageError, did_you_mean
 from .base import Availability, Backend, Runner
 from .fitted import FittedRunner
+from .trust import require_trusted
 
 if TYPE_CHECKING:
     from ..exporters.artifact import Manifest
@@ -25,6 +26,7 @@ _BUILT_IN = {
     "onnx": ".onnx:OnnxBackend",
     "openvino": ".openvino:OpenVINOBackend",
     "tensorrt": ".tensorrt:TensorRTBackend",
+    "torch": ".torch:TorchBackend",
 }
 
 
@@ -109,6 +111,7 @@ def backend_for(settings: ExportSettings) -> Backend:
             "Leave --sparsity out: the zeros stay in the weights all the same.",
         )
     checked_options(backend.options(), settings.options, backend.name)
+    backend.check_settings(settings)
     if settings.tokenizer_graph:
         _require_tokenizer_graphs(backend)
     available = backend.probe()
@@ -177,15 +180,28 @@ def backend_of_format(artifact_format: str) -> Backend:
     )
 
 
+def backend_to_run(folder: Path, manifest: Manifest) -> Backend:
+    """The backend that loads a verified artifact: whoever is to run what lies on a disk gets its backend here, and
+    not from `backend_of_format`, which serves those that only read.
+
+    Raises:
+        InputError: no backend here opens the format, or the artifact is machine code that nobody vouches for.
+    """
+    backend = backend_of_format(manifest.format)
+    require_trusted(folder, manifest, backend)
+    return backend
+
+
 def load_runner(path: Path, threads: int | None = None) -> tuple[Runner, Manifest]:
     """Verify an artifact and load it on its backend's runtime, for batches of any size.
 
     Raises:
         IntegrityError: a file is not the one that was exported.
+        InputError: machine code that was made elsewhere (see `trust.py`).
         BackendUnavailable: its runtime or device is not here.
     """
     from ..exporters.artifact import open_artifact
 
     manifest = open_artifact(path)
-    runner = backend_of_format(manifest.format).load(path, manifest, threads)
+    runner = backend_to_run(path, manifest).load(path, manifest, threads)
     return FittedRunner(runner, manifest.settings.shapes), manifest

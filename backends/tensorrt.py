@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 KIT, ENGINE = "tensorrt", "tensorrt-engine"
 PLAN_NAME = "model.engine"
-TRUST_VARIABLE = "LIMBECK_TRUST_ENGINE_CODE"
 _INSTALL_EXPORT = 'pip install "limbeck[onnx]"'
 # tensorrt's wheels lie on NVIDIA's own package index; which one is in their guide.
 _INSTALL = (
@@ -68,7 +66,7 @@ class TensorRTBackend(Backend):
         from ..exporters.options import checked_options
         from ..exporters.program import ExportedProgram
         from ..exporters.settings import CALIBRATED
-        from ..exporters.sparsity import require_pattern, sparsity_evidence
+        from ..exporters.sparsity import prunable_modules, require_pattern, sparsity_evidence
 
         options = checked_options(self.options(), job.settings.options, self.name)
         shapes = job.settings.shapes.within(job.checkpoint.max_length)
@@ -77,7 +75,7 @@ class TensorRTBackend(Backend):
         job.progress("tracing the graph")
         exported = tensorrt.export_graph(job.checkpoint, settings, options.rest, job.calibration)
         exported.save_pretrained(folder)
-        sparse_layers = sparsity_evidence(folder / onnx.GRAPH_FILE, tensorrt.prunable_modules(job.checkpoint))
+        sparse_layers = sparsity_evidence(folder / onnx.GRAPH_FILE, prunable_modules(job.checkpoint))
         if settings.sparsity is not None:
             require_pattern(sparse_layers, job.checkpoint.source)
         rest = options.rest if settings.precision in CALIBRATED else settings.precision
@@ -120,14 +118,13 @@ class TensorRTBackend(Backend):
         require_same_device(folder, manifest, plan, here())
         from .tensorrt_engine import EngineRunner
 
-        made_here = not manifest.artifact_id  # not sealed yet: this process has just built it
-        trusted = plan.version_compatible and (made_here or os.environ.get(TRUST_VARIABLE) == "1")
-        if plan.version_compatible and not trusted:
-            raise BackendUnavailable(
-                f"{folder} is a version-compatible engine, which carries code that runs when it is opened.",
-                f"Set {TRUST_VARIABLE}=1 if you trust who built it.",
-            )
-        return EngineRunner(folder / PLAN_NAME, cuda_graphs=plan.cuda_graphs, trusted=trusted)
+        return EngineRunner(folder / PLAN_NAME, cuda_graphs=plan.cuda_graphs, host_code=plan.version_compatible)
+
+    def runs_machine_code(self, manifest: Manifest) -> bool:
+        """Every engine is: its kernels, and in a version-compatible one a runtime and plug-in libraries. NVIDIA calls
+        opening one the same as running native code of whoever built it, on the GPU and the host, and what is said of
+        TensorRT 10 is that libraries inside run whether or not host code is allowed."""
+        return manifest.format == ENGINE
 
     def build(self, job: BuildJob, folder: Path) -> dict[str, Any]:
         lacking = missing_for_engines()

@@ -81,10 +81,11 @@ class EngineRunner(Runner):
     """An execution context a profile, on a stream of its own (TensorRT synchronises more on the default stream).
 
     With `cuda_graphs`, a context a shape: a captured graph holds on to what its context was bound to. A
-    version-compatible engine opens only where it is `trusted`: it carries code.
+    version-compatible engine needs `host_code`: it carries a runtime of its own. Whether an engine may be opened at all
+    is asked before (`trust.py`).
     """
 
-    def __init__(self, path: Path, *, cuda_graphs: bool = False, trusted: bool = False) -> None:
+    def __init__(self, path: Path, *, cuda_graphs: bool = False, host_code: bool = False) -> None:
         import tensorrt as trt
         import torch
 
@@ -96,7 +97,7 @@ class EngineRunner(Runner):
         logger = trt.Logger(trt.Logger.WARNING)
         runtime = trt.Runtime(logger)
         # A version-compatible engine carries a runtime of its own, code that runs on this machine when it is opened.
-        runtime.engine_host_code_allowed = trusted
+        runtime.engine_host_code_allowed = host_code
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise BackendUnavailable(

@@ -19,6 +19,7 @@ from .settings import ExportSettings
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_SCHEMA = 1
+_ID_DIGITS = 16
 
 
 class CacheFacts(BaseModel):
@@ -122,14 +123,15 @@ def seal(manifest: Manifest, folder: Path) -> Manifest:
     """Hash every file of the folder into the manifest and write it; the last thing that happens to an artifact."""
     names = [path.as_posix() for path in files_below(folder) if path.as_posix() != MANIFEST_FILE]
     hashes = {name: sha256_of_file(folder / name) for name in names}
-    sealed = manifest.model_copy(update={"files": hashes, "artifact_id": _id_of(hashes)})
+    sealed = manifest.model_copy(update={"files": hashes, "artifact_id": payload_hash(hashes)[:_ID_DIGITS]})
     write_json(folder / MANIFEST_FILE, sealed.model_dump(mode="json"))
     return sealed
 
 
-def _id_of(hashes: Mapping[str, str]) -> str:
-    """The card is left out, as the manifest is, which it restates: it has figures that were measured here."""
-    return sha256_of_json({name: value for name, value in hashes.items() if name != CARD_FILE})[:16]
+def payload_hash(hashes: Mapping[str, str]) -> str:
+    """One SHA-256, 64 hex digits, of all files' (`Manifest.files`); the artifact id is its beginning. The card is left
+    out, as the manifest is, which it restates: it has figures that were measured here."""
+    return sha256_of_json({name: value for name, value in hashes.items() if name != CARD_FILE})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -163,7 +165,7 @@ def open_artifact(folder: Path) -> Manifest:
                 f"{folder / name} is not the file that was exported: its SHA-256 differs from the manifest's.",
                 "Export or copy it again; do not deploy it.",
             )
-    if manifest.artifact_id != _id_of(manifest.files):
+    if manifest.artifact_id != payload_hash(manifest.files)[:_ID_DIGITS]:
         raise IntegrityError(
             f"{folder / MANIFEST_FILE} lists other files than its artifact id {manifest.artifact_id!r} stands for.",
             "Export or copy it again; do not deploy it.",

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json
 from ..models.card import plain, tags, title, write_card
+from ..models.embedding import read_pooling
+from ..models.shapes import KEY as SHAPES_KEY
 from ..models.tasks import TASKS
 from ..models.terms import Terms
 from .artifact import CheckRecord, Manifest, TensorSpec
@@ -18,9 +21,19 @@ _RUNTIMES = {
     "openvino": "OpenVINO",
     "tensorrt": "TensorRT",
     "tensorrt-engine": "TensorRT",
+    "torch-aot": "torch (AOTInductor)",
+    "torch-inductor": "torch.compile",
+    "torch-eager": "torch",
 }
 """Format to what runs it, for those that the template has examples for."""
-_LIBRARIES = {"tensorrt-engine": "tensorrt"}
+_LIBRARIES = {
+    "tensorrt-engine": "tensorrt",
+    "torch-aot": "pytorch",
+    "torch-inductor": "transformers",
+    "torch-eager": "transformers",
+}
+_OF_TRANSFORMERS = ("torch-inductor", "torch-eager")
+"""Formats that transformers loads, where their sizes are ones that its configurations can say."""
 _DTYPES = ("float16", "bfloat16")
 _MOST_ROWS = 20
 
@@ -30,6 +43,8 @@ def write_model_card(manifest: Manifest, folder: Path, terms: Terms) -> None:
     machine is in it."""
     terms.save(folder)
     settings, known = manifest.settings, manifest.format in _RUNTIMES and manifest.task in TASKS
+    if manifest.format in _OF_TRANSFORMERS and SHAPES_KEY in read_json(folder / "config.json"):
+        known = False
     header = {
         "library_name": _LIBRARIES.get(manifest.format, plain(manifest.format)),
         "pipeline_tag": plain(manifest.task),
@@ -37,6 +52,7 @@ def write_model_card(manifest: Manifest, folder: Path, terms: Terms) -> None:
     }
     facts = {
         **_examples_facts(manifest),
+        **_torch_facts(manifest, folder),
         "has_example": known,
         "title": title(manifest.lineage),
         "runtime": _RUNTIMES.get(manifest.format, plain(manifest.format)),
@@ -77,6 +93,20 @@ def _examples_facts(manifest: Manifest) -> dict[str, Any]:
         "padded": shapes.min_sequence > 1,
         "batch": _range(shapes.min_batch, shapes.max_batch),
         "sequence": _range(shapes.min_sequence, shapes.max_sequence),
+    }
+
+
+def _torch_facts(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    """What the examples for torch are filled in with beside those facts."""
+    if not manifest.format.startswith("torch-") or manifest.task not in TASKS:
+        return {}
+    pooling = read_pooling(folder)
+    return {
+        "cuda": manifest.settings.options.get("device") == "cuda",
+        "auto_class": TASKS[manifest.task].auto_class,
+        "pooling": pooling.mode,
+        "normalize": pooling.normalize,
+        "torch_version": plain(manifest.versions.get("torch", "").partition("+")[0]),
     }
 
 

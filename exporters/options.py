@@ -108,6 +108,17 @@ class TensorRTOptions(BackendOptions):
     )
 
 
+class TorchOptions(BackendOptions):
+    """Options of `--backend torch`."""
+
+    compiler: Literal["aot", "inductor", "eager"] = Field(
+        "aot",
+        description="What makes it fast: AOTInductor, ahead of time, into a package of machine code; inductor, when it "
+        "is first called (torch.compile); eager, nothing.",
+    )
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where it runs, and is compiled for.")
+
+
 def checked_options(kind: type[Options], values: dict[str, Any], backend: str) -> Options:
     """The options as their backend reads them.
 

@@ -80,7 +80,7 @@ def _cast_parameters(module: nn.Module, norms: list[nn.Module], dtype: torch.dty
     for _, _, parameter in places:
         if id(parameter) not in cast:
             wanted = torch.float32 if id(parameter) in float32 else dtype
-            cast[id(parameter)] = _cast(parameter, wanted, names[id(parameter)])
+            cast[id(parameter)] = cast_parameter(parameter, wanted, names[id(parameter)])
     try:
         for part, name, parameter in places:
             setattr(part, name, cast[id(parameter)])
@@ -90,7 +90,12 @@ def _cast_parameters(module: nn.Module, norms: list[nn.Module], dtype: torch.dty
             setattr(part, name, parameter)
 
 
-def _cast(parameter: nn.Parameter, dtype: torch.dtype, name: str) -> nn.Parameter:
+def cast_parameter(parameter: nn.Parameter, dtype: torch.dtype, name: str) -> nn.Parameter:
+    """A copy of a parameter in another floating type; `name` is for the message.
+
+    Raises:
+        ExportMismatch: a weight that is finite in its own type is not in `dtype`.
+    """
     values = parameter.detach().to(dtype)
     if not torch.isfinite(values).all() and torch.isfinite(parameter).all():
         raise ExportMismatch(

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import InputError, UsageError
 from ..files import path_inside
+from ..models.anatomy import anatomy_of
+from ..models.checkpoint import Checkpoint
 from ..models.sparsity import first_break, is_semi_structured, why_not_sparse, zero_share
 from .artifact import SparseLayer
 from .node_scopes import module_of
@@ -47,6 +49,15 @@ class WeightUse:
     """The type of what it is multiplied with: an integer type where that is quantised."""
     size_bytes: int = 0
     """Of the constant as stored."""
+
+
+def prunable_modules(checkpoint: Checkpoint) -> set[str] | None:
+    """Names, in the exported module, of the matrices that pruning looks at; `None` for an unknown architecture."""
+    try:
+        inside = {id(part) for _, part in anatomy_of(checkpoint.model).linear_layers(checkpoint.model)}
+    except InputError:
+        return None
+    return {name for name, part in checkpoint.module.named_modules() if id(part) in inside}
 
 
 def sparsity_evidence(graph: Path, prunable: Collection[str] | None = None) -> list[SparseLayer]:

@@ -24,7 +24,6 @@ from transformers.exporters.auto import EXPORT_BACKENDS, register_backend
 from transformers.exporters.configs import ExportFormat
 
 from ..errors import InputError, UsageError
-from ..models.anatomy import anatomy_of
 from ..models.checkpoint import Checkpoint
 from .constant_weights import fold_weights
 from .float8 import int8_to_float8
@@ -177,12 +176,3 @@ def export_graph(
             checkpoint.module, sample_inputs(checkpoint, settings.shapes), config
         )
     return exported
-
-
-def prunable_modules(checkpoint: Checkpoint) -> set[str] | None:
-    """Names, in the exported module, of the matrices that pruning looks at; `None` for an unknown architecture."""
-    try:
-        inside = {id(part) for _, part in anatomy_of(checkpoint.model).linear_layers(checkpoint.model)}
-    except InputError:
-        return None
-    return {name for name, part in checkpoint.module.named_modules() if id(part) in inside}

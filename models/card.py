@@ -53,11 +53,14 @@ def write_card(folder: Path, template: Path, terms: Terms, header: Mapping[str, 
         facts: what the template asks for; beside them it gets `licence` and `history` of `facts["lineage"]`.
     """
     from huggingface_hub import ModelCard, ModelCardData
+    from jinja2 import Environment, FileSystemLoader
 
     of_both: dict[str, Any] = {**terms.header, **header}
     data = ModelCardData(**of_both)
     known = {"licence": _licence(terms), "history": history(facts["lineage"])}
-    ModelCard.from_template(data, template_path=str(template), **{**facts, **known}).save(folder / CARD_FILE)
+    # Not by `ModelCard.from_template`, in which a template cannot include another.
+    page = Environment(loader=FileSystemLoader(template.parent)).get_template(template.name)
+    ModelCard(page.render(card_data=data.to_yaml(), **{**facts, **known})).save(folder / CARD_FILE)
 
 
 def title(lineage: Lineage) -> str:

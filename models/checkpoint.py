@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -150,7 +151,7 @@ class Checkpoint:
         ]
         if self.pooling.normalize:
             modules.append({"idx": 2, "name": "2", "path": "2_Normalize", "type": prefix + "Normalize"})
-            (folder / "2_Normalize").mkdir()
+            (folder / "2_Normalize").mkdir(exist_ok=True)
         write_json(folder / MODULES_FILE, modules)
         write_json(folder / "sentence_bert_config.json", {"max_seq_length": self.max_length, "do_lower_case": False})
         flags = {f"pooling_mode_{name}": mode == self.pooling.mode for name, mode in _POOLING_FLAG_NAMES.items()}
@@ -185,7 +186,7 @@ def load_checkpoint(source: str | Path, task: str | None = None, trust_remote_co
     lineage = Lineage.load(folder)
     config = read_json(folder / "config.json")
     chosen = get_task(task or (lineage.task if lineage else _guess_task(config, folder)))
-    model = _load_model(folder, chosen, config, trust_remote_code)
+    model = load_model(folder, chosen, trust_remote_code=trust_remote_code)
     return Checkpoint(
         model=model,
         tokenizer=load_tokenizer(folder, trust_remote_code),
@@ -268,19 +269,27 @@ def _guess_task(config: Mapping[str, Any], folder: Path) -> str:
     raise InputError(f"{folder} does not say what it is for.", f"Add --task, one of {', '.join(TASKS)}.")
 
 
-def _load_model(folder: Path, task: Task, config: Mapping[str, Any], trust_remote_code: bool) -> PreTrainedModel:
+def load_model(
+    folder: Path, task: Task, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A model alone, out of a folder with configuration and weights, in evaluation mode.
+
+    Raises:
+        InputError: no configuration, weights that do not load, or a model that does not fit the task.
+    """
     import transformers
 
+    config = read_json(folder / "config.json")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is checked below
     try:
         auto = getattr(transformers, task.auto_class)
-        with in_float32(folder) as mapped:
+        with in_float32(folder) if dtype == torch.float32 else nullcontext(folder) as mapped:
             model, report = _class_of(folder, auto, config).from_pretrained(
                 mapped,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
-                dtype=torch.float32,
+                dtype=dtype,
                 output_loading_info=True,
             )
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
@@ -295,6 +304,24 @@ def _load_model(folder: Path, task: Task, config: Mapping[str, Any], trust_remot
         )
     model.name_or_path = str(folder)
     return model.eval()
+
+
+def empty_model(folder: Path, task: Task) -> PreTrainedModel:
+    """The model that a folder's configuration describes, on torch's `meta` device: its modules, without weights.
+
+    Raises:
+        InputError: no configuration, or one that transformers does not know.
+    """
+    import transformers
+
+    config = read_json(folder / "config.json")
+    try:
+        known = transformers.AutoConfig.from_pretrained(folder)
+        kind = _class_of(folder, getattr(transformers, task.auto_class), config)
+        with torch.device("meta"):
+            return (kind.from_config(known) if hasattr(kind, "from_config") else kind(known)).eval()  # type: ignore[no-any-return]
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        raise InputError(f"{folder} describes no model for {task.name}: {first_line(error)}") from error
 
 
 def _class_of(folder: Path, auto: Any, config: Mapping[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ..backends.registry import backend_of_format
+from ..backends.registry import backend_to_run
 from ..environment import facts
 from ..errors import InputError
 from ..exporters.artifact import Manifest, open_artifact
@@ -56,7 +56,7 @@ def bisect(
     rows = source.read(data, columns).head(samples)
     examples = source.task.examples(rows, source.tokenizer, manifest.max_length, source.model.config)
     examples = Examples(examples.features[:samples])
-    program = Program("program", artifact, manifest, backend_of_format(manifest.format))
+    program = Program("program", artifact, manifest, backend_to_run(artifact, manifest))
     with reference_graph(source, manifest, progress.say) as reference:
         progress.say("comparing module by module")
         steps = first_difference(source, reference, examples, program)

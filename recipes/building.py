@@ -11,9 +11,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..backends.base import BuildJob, Runner
-from ..backends.registry import backend_of_format, get_backend
+from ..backends.registry import backend_of_format, backend_to_run, get_backend
+from ..backends.trust import seal_here
 from ..errors import ExportMismatch
-from ..exporters.artifact import CheckRecord, Manifest, open_artifact, seal
+from ..exporters.artifact import CheckRecord, Manifest, open_artifact
 from ..exporters.inputs import random_batch, vocabulary_of
 from ..exporters.model_card import write_model_card
 from ..exporters.settings import ExportSettings
@@ -47,7 +48,7 @@ def build(
     """
     manifest = open_artifact(kit)
     check_output_folder(out, overwrite)
-    backend = backend_of_format(manifest.format)
+    backend = backend_to_run(kit, manifest)
     with staged_folder(out, overwrite) as folder:
         for name in set(manifest.files) - set(manifest.program_files):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +61,7 @@ def build(
             check = check_built(program, graph, built, folder)
         built = built.model_copy(update={"checks": [*built.checks, check]})
         write_model_card(built, folder, read_terms(kit))
-        return seal(built, folder)
+        return seal_here(built, folder, backend)
 
 
 def _built(kit: Manifest, artifact_format: str, evidence: Mapping[str, Any]) -> Manifest:

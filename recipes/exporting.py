@@ -10,8 +10,9 @@ from typing import Any
 
 from ..backends.base import ExportJob, Runner
 from ..backends.registry import backend_for, get_backend
+from ..backends.trust import seal_here
 from ..errors import ExportMismatch, InputError, UsageError
-from ..exporters.artifact import CheckRecord, Manifest, seal
+from ..exporters.artifact import CheckRecord, Manifest
 from ..exporters.fitting import fitted, padded_to
 from ..exporters.inputs import longest, probe_batch, probe_batches, token_stream
 from ..exporters.kv_cache import keeps_cache, require_growing_sizes
@@ -130,7 +131,7 @@ def export_checked(
         changes = {"checks": checks, "program_files": program_files, "caveats": caveats, "unverified": unverified}
         manifest = manifest.model_copy(update=changes)
         write_model_card(manifest, folder, checkpoint.terms)
-        return seal(manifest, folder)
+        return seal_here(manifest, folder, backend)
 
 
 def require_numbers(checkpoint: Checkpoint) -> None:

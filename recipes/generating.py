@@ -13,7 +13,7 @@ import torch
 
 from ..backends.base import Runner
 from ..backends.registry import load_runner
-from ..backends.torch import EagerRunner
+from ..backends.torch_eager import EagerRunner
 from ..backends.writing import Writer, WritingSettings
 from ..errors import InputError
 from ..exporters.artifact import MANIFEST_FILE, read_manifest

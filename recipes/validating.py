@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..backends.registry import load_runner
+from ..backends.registry import backend_to_run, load_runner
 from ..environment import facts
 from ..errors import InputError
 from ..exporters.artifact import Manifest, open_artifact
@@ -82,6 +82,8 @@ def validate(
     check_builtin(asked.slices.builtin, teacher.task.name)
     check_prompts(asked.generation, teacher.task.name)
     opened = {name: open_artifact(folder) for name, folder in artifacts.items()}
+    for name, manifest in opened.items():
+        backend_to_run(artifacts[name], manifest)  # refused now, and not when the teacher has been measured
     if asked.attribution is not None:
         asked.attribution.check(opened)
     report = _Validation(dict(artifacts), opened, asked, progress).report(teacher, data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..backends.registry import backend_of_format
 from ..errors import GateFailed
 from ..exporters.artifact import Manifest, open_artifact
 from ..validate.checks import examine, subject_of
@@ -41,7 +42,14 @@ def verify(folder: Path, student: str | Path | None = None) -> Verification:
     told = f"{len(manifest.files)} files are those of artifact {manifest.artifact_id}"
     examined = examine(subject_of(folder, manifest, student=student), from_files=True)
     checks = [Check(name="integrity", passed=True, detail=told), *examined.checks]
-    return Verification(manifest, checks, examined.notes)
+    return Verification(manifest, checks, [*examined.notes, *_code(manifest)])
+
+
+def _code(manifest: Manifest) -> list[str]:
+    """What to say of a program that the files do not show."""
+    if not backend_of_format(manifest.format).runs_machine_code(manifest):
+        return []
+    return ["its machine code was not looked into: what it does is known of who made it, and of running it"]
 
 
 def raise_for_failures(found: Verification) -> None:

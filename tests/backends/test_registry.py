@@ -14,7 +14,7 @@ from limbeck.backends.base import Backend
 from limbeck.backends.registry import backend_names, backend_of_format, get_backend, list_backends
 from limbeck.errors import InputError, UsageError
 
-BUILT_IN = ["onnx", "openvino", "tensorrt"]
+BUILT_IN = ["onnx", "openvino", "tensorrt", "torch"]
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -29,7 +29,7 @@ def test_a_built_in_backend_is_found_by_name_and_by_format(name: str) -> None:
 
 def test_every_backend_is_listed_with_what_it_can_do() -> None:
     listings = {listing.name: listing for listing in list_backends()}
-    assert [*listings][:3] == BUILT_IN == backend_names()[:3]
+    assert [*listings][: len(BUILT_IN)] == BUILT_IN == backend_names()[: len(BUILT_IN)]
     assert listings["onnx"].availability.can_run and listings["onnx"].summary
     for listing in listings.values():
         able = listing.availability.can_export and listing.availability.can_run
@@ -159,6 +159,6 @@ def test_a_broken_plug_in_is_listed_as_such(with_plugins: Any, name: str, reason
 
 
 def test_broken_plug_ins_harm_no_other(with_plugins: Any) -> None:
-    assert [*with_plugins["listed"]][:3] == BUILT_IN
+    assert [*with_plugins["listed"]][: len(BUILT_IN)] == BUILT_IN
     assert with_plugins["listed"]["onnx"][0]
     assert not set(with_plugins["refused"]) & {*BUILT_IN, "mine"}

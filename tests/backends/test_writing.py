@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from limbeck import export, load_checkpoint
 from limbeck.backends.registry import load_runner
-from limbeck.backends.torch import EagerRunner
+from limbeck.backends.torch_eager import EagerRunner
 from limbeck.backends.writing import Writer, WritingSettings
 from limbeck.errors import InputError, UsageError
 from limbeck.exporters.artifact import read_manifest
@@ -72,7 +72,8 @@ def artifacts(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.parametrize(
-    ("family", "backend"), [("llama", "onnx"), ("llama", "openvino"), ("gpt2", "onnx"), ("qwen3", "openvino")]
+    ("family", "backend"),
+    [("llama", "onnx"), ("llama", "openvino"), ("gpt2", "onnx"), ("qwen3", "openvino"), ("llama", "torch")],
 )
 def test_a_program_writes_what_its_model_writes(
     family: str, backend: str, artifacts: Callable[[str, str], Path], tiny_checkpoint: TinyCheckpoint
@@ -95,7 +96,7 @@ def test_the_eager_model_writes_as_its_generate(tiny_checkpoint: TinyCheckpoint)
     assert written(writer, prompts) == [generated(checkpoint, prompt) for prompt in prompts]
 
 
-@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+@pytest.mark.parametrize("backend", ["onnx", "openvino", "torch"])
 def test_what_is_kept_is_what_the_manifest_says(
     backend: str, artifacts: Callable[[str, str], Path], tiny_checkpoint: TinyCheckpoint
 ) -> None:

@@ -63,10 +63,19 @@ class Case:
     kv_cache: bool = False
     uneven: bool = False
     """Its layers differ in size."""
+    compiler: str = ""
+    """Of torch."""
 
     @property
     def name(self) -> str:
-        return f"{self.backend}-{self.precision}-{self.family}-{self.task}{'-cache' * self.kv_cache}"
+        backend = f"{self.backend}{self.compiler}"
+        return f"{backend}-{self.precision}-{self.family}-{self.task}{'-cache' * self.kv_cache}"
+
+    @property
+    def programs(self) -> int:
+        """How many its card has."""
+        one = self.backend in ("tensorrt", "torch") or self.kv_cache
+        return (1 if one else 2) + self.tokenizer_graph
 
 
 CASES = [
@@ -83,6 +92,10 @@ CASES = [
     Case("llama", "text-generation", "openvino", "native"),
     Case("gpt2", "text-generation", "onnx", tokenizer_graph=True, kv_cache=True),
     Case("llama", "text-generation", "openvino", "bf16", kv_cache=True),
+    Case("distilbert", "token-classification", "torch", compiler="aot"),
+    Case("llama", "text-generation", "torch", kv_cache=True, compiler="aot"),
+    Case("mpnet", "sentence-similarity", "torch", "bf16", compiler="eager"),
+    Case("gpt2", "text-generation", "torch", kv_cache=True, compiler="eager"),
     Case("distilbert", "text-classification", "tensorrt", "fp16"),
 ]
 
@@ -115,6 +128,7 @@ def artifact(
         settings = ExportSettings.model_validate(
             {"backend": case.backend, "precision": case.precision, "shapes": case.shapes}
             | {"tokenizer_graph": case.tokenizer_graph, "kv_cache": case.kv_cache}
+            | {"options": {"compiler": case.compiler} if case.compiler else {}}
         )
         rows = checkpoint.read(calibration) if case.precision == "int8" else None
         out = tmp_path_factory.mktemp("artifacts") / case.name
@@ -195,7 +209,7 @@ def test_the_cards_programs_run_without_limbeck_and_answer_as_it_does(
     folder = artifact(case)
     expected = answer(case, folder)
     found = programs(folder)
-    assert len(found) == (1 if case.backend == "tensorrt" or case.kv_cache else 2) + case.tokenizer_graph
+    assert len(found) == case.programs
     assert ("transformers" in imports_of(found[-1])) != case.tokenizer_graph
     printed_by = run_alone(found, folder, tmp_path)
     assert len(printed_by) == len(found)
@@ -213,6 +227,33 @@ def test_the_cards_programs_run_without_limbeck_and_answer_as_it_does(
     if case.backend == "openvino" and case.precision != "native":
         hint = json.loads((folder / "manifest.json").read_text())["compile_properties"]["INFERENCE_PRECISION_HINT"]
         assert all(f'"INFERENCE_PRECISION_HINT": "{hint}"' in program for program in found)
+
+
+def test_what_is_compiled_when_called_differs_in_a_line(artifact: Callable[[Case], Path], tmp_path: Path) -> None:
+    """Its program is not run here a second time: compiling takes half a minute, and it is torch.compile's own line."""
+    (eager,) = (case for case in CASES if case.compiler == "eager" and not case.kv_cache)
+    folder = Path(shutil.copytree(artifact(eager), tmp_path / "out"))
+    manifest = open_artifact(folder)
+    (before,) = programs(folder)
+    write_model_card(manifest.model_copy(update={"format": "torch-inductor"}), folder, Terms())
+    (after,) = programs(folder)
+    added = [line for line in after.splitlines() if line not in before.splitlines()]
+    assert added == ["model = torch.compile(model, dynamic=True)"]
+    assert after.replace(f"{added[0]}\n", "") == before
+    assert "C++ compiler" in card_of(folder).text
+
+
+def test_sizes_that_differ_by_layer_are_limbecks_to_open(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    checkpoint = uneven(load_checkpoint(tiny_checkpoint("bert")))
+    wanted = ExportSettings(backend="torch", shapes=SMALL, options={"compiler": "eager"})
+    export(checkpoint, wanted, tmp_path / "out")
+    assert programs(tmp_path / "out") == []
+    assert "limbeck opens it" in card_of(tmp_path / "out").text
+    runner, _ = load_runner(tmp_path / "out", threads=1)
+    batch = {name: torch.ones(2, 5, dtype=torch.int64) for name in checkpoint.input_names}
+    np.testing.assert_allclose(
+        runner(batch)["sentence_embedding"], checkpoint.run(batch)["sentence_embedding"], atol=1e-5
+    )
 
 
 def read_by_people(case: Case, folder: Path, printed: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ...backends.base import Backend
 from ...backends.fitted import FittedRunner
-from ...backends.registry import backend_of_format
+from ...backends.registry import backend_to_run
 from ...errors import InputError, LimbeckError
 from ...exporters.artifact import Manifest
 from ...exporters.settings import QUANTISED, Precision
@@ -215,8 +215,8 @@ class _Between:
         standard = self._standard
         examples = examples_for(standard.teacher, standard.data, student.tokenizer, manifest.max_length)
         features = [examples.features[row] for row in rows]
-        program = Program("program", item.folder, manifest, backend_of_format(manifest.format))
         try:
+            program = Program("program", item.folder, manifest, backend_to_run(item.folder, manifest))
             with reference_graph(student, manifest) as reference:
                 steps = first_difference(
                     student, reference, Examples(features), program if point == "program" else None

@@ -55,7 +55,8 @@ def reference_graph(
     if not available.can_export:
         raise BackendUnavailable(f"the backend {backend.name} cannot export here: {available.reason}", available.mend)
     shapes = artifact.settings.shapes.within(student.max_length)
-    settings = ExportSettings(backend=backend.name, precision="fp32", shapes=shapes, kv_cache=False)
+    options = dict(backend.reference_options)
+    settings = ExportSettings(backend=backend.name, precision="fp32", shapes=shapes, kv_cache=False, options=options)
     shelf = cache_folder() / "reference-graphs"
     folder = shelf / _key(student, settings)
     shelf.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from typing import Any
 
 from ...backends.base import Runner
 from ...backends.registry import load_runner
-from ...backends.torch import EagerRunner
+from ...backends.torch_eager import EagerRunner
 from ...errors import InputError, LimbeckError
 from ...exporters.inputs import random_batch, vocabulary_of
 from ...files import read_json
