@@ -102,7 +102,7 @@ class ModuleRunner(Runner):
         place.take()
         self._place, self._compiled, self._shapes = place, compiled, manifest.settings.shapes
         self.task, dtype = get_task(manifest.task), dtype_of(manifest)
-        self.model = load_model(folder, self.task, dtype=dtype).to(place.device)  # type: ignore[arg-type]
+        self.model = load_model(folder, self.task, dtype=dtype).to(place.device)
         self.module = self.task.module(self.model, read_pooling(folder)).eval()
         self.choices = self._sparse(manifest) if sparse else []
         self._names = [spec.name for spec in manifest.inputs]

@@ -27,7 +27,7 @@ from .torch import WEIGHTS_FILE, dtype_of, name_in_module
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Values = Callable[[str, nn.Parameter], torch.Tensor]
+Values = Callable[[str, torch.Tensor], torch.Tensor]
 """The stored values of a weight of the model, by its name and its place."""
 
 
@@ -58,7 +58,7 @@ def package_facts(folder: Path, manifest: Manifest, shape: tuple[int, int], why:
             places = dict(module.named_parameters(remove_duplicate=False))
             names = {id(place): stored[name] for name, place in places.items() if name in stored}  # tied ones once
 
-            def values(name: str, weight: nn.Parameter) -> torch.Tensor:
+            def values(name: str, weight: torch.Tensor) -> torch.Tensor:
                 if id(weight) not in names:
                     raise InputError(f"{folder / WEIGHTS_FILE} lacks {name}, which its model has.")
                 found: torch.Tensor = file.get_tensor(names[id(weight)])

@@ -319,7 +319,7 @@ def empty_model(folder: Path, task: Task) -> PreTrainedModel:
         known = transformers.AutoConfig.from_pretrained(folder)
         kind = _class_of(folder, getattr(transformers, task.auto_class), config)
         with torch.device("meta"):
-            return (kind.from_config(known) if hasattr(kind, "from_config") else kind(known)).eval()  # type: ignore[no-any-return]
+            return (kind.from_config(known) if hasattr(kind, "from_config") else kind(known)).eval()
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise InputError(f"{folder} describes no model for {task.name}: {first_line(error)}") from error
 

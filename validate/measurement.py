@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..backends.torch import EagerRunner
+from ..backends.torch_eager import EagerRunner
 from ..errors import InputError
 from ..exporters.artifact import Manifest, artifact_size
 from ..models.batching import Examples, Run

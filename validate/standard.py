@@ -84,8 +84,8 @@ def part_of(answers: Predictions, positions: np.ndarray | None, tokens: Sequence
     """The answers to some examples, int64 [examples]; of each only those to some of its tokens, where these are
     given."""
     found = {name: values[positions] for name, values in answers.items()}
-    for values in found.values() if tokens is not None else ():
-        for row, some in enumerate(tokens):
+    for values in found.values():
+        for row, some in enumerate(tokens or ()):
             values[row] = values[row][some]
     return found
 

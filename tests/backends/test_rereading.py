@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from limbeck.backends.rereading import Rereading, decoder_of
-from limbeck.backends.torch import EagerRunner
+from limbeck.backends.torch_eager import EagerRunner
 from limbeck.backends.writing import Writer, WritingSettings
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ...backends.decoder import Decoder
-from ...backends.torch import EagerRunner
+from ...backends.torch_eager import EagerRunner
 from ...errors import InputError
 from ...models.checkpoint import Checkpoint
 from ..proofs.cache import CACHE_CHECK, Reading, check_cache, readings_of, tolerance_of

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ...backends.torch import EagerRunner
+from ...backends.torch_eager import EagerRunner
 from ...environment import installed_version, is_importable
 from ...errors import BackendUnavailable, InputError, LimbeckError, UsageError, first_line
 from ...models.checkpoint import Checkpoint

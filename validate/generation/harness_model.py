@@ -194,7 +194,7 @@ def open_language_model(folder: Path) -> LanguageModel:
         InputError: no such folder, or it is for another task.
     """
     from ...backends.registry import load_runner
-    from ...backends.torch import EagerRunner
+    from ...backends.torch_eager import EagerRunner
     from ...exporters.artifact import MANIFEST_FILE, read_manifest
     from ...models.checkpoint import load_checkpoint, load_tokenizer
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from limbeck.backends.decoder import Decoder
-from limbeck.backends.torch import EagerRunner
+from limbeck.backends.torch_eager import EagerRunner
 from limbeck.errors import InputError
 from limbeck.exporters.inputs import random_ids
 from limbeck.exporters.settings import ShapeRange
