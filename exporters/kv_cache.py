@@ -75,6 +75,7 @@ class CachedTrace:
 
         prompt = probe_batch(checkpoint, _TRACED_BATCH, _TRACED_PROMPT)
         prompt["attention_mask"][0, 0] = 0
+        prompt = {name: value.to(checkpoint.model.device) for name, value in prompt.items()}
         try:
             module, given = decompose_for_generation(checkpoint.model, prompt, multi_token_decode=True)["decode"]
         except (RuntimeError, ValueError) as error:
