@@ -238,7 +238,7 @@ def _check(
 ) -> list[CheckRecord]:
     progress.say("comparing outputs with torch")
     probes = probe_batches(checkpoint, manifest.settings.shapes, token_stream(batches))
-    return [check_parity(runner, checkpoint.run, probes, manifest.settings.precision)]
+    return [check_parity(runner, checkpoint.run, probes, manifest.settings.precision, manifest.cache)]
 
 
 def _audit(checkpoint: Checkpoint, manifest: Manifest, folder: Path, progress: Progress) -> CheckRecord | None:

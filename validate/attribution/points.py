@@ -30,7 +30,7 @@ from ..measurement import quality_of
 from ..metrics.comparison import chosen_metric, paired_difference
 from ..metrics.headline import higher_is_better
 from ..predictions import Predictions, Progress, broken, predict
-from ..proofs.parity import TOLERANCES
+from ..proofs.parity import TOLERANCES, tolerance_of
 from ..proofs.weight_audit import audit_weights
 from ..records.report import Candidate, Check, Loss, Metric, Parity, Point, Waypoint
 from ..standard import Standard, examples_for
@@ -157,7 +157,8 @@ class _Between:
         """Student, graph and program, as far as they are at hand."""
         tokenizer = load_tokenizer(item.folder)
         tokens = _tokens(self._standard, tokenizer, item.manifest.max_length)
-        program = _Stop(_program(item), item.answers, tokens, TOLERANCES[item.manifest.settings.precision])
+        allowed = tolerance_of(item.manifest.settings.precision, item.manifest.cache)
+        program = _Stop(_program(item), item.answers, tokens, allowed)
         if self._student is None:
             return [_noted(program, f"student and graph are not at hand: {self._missing}")]
         if self._eager is None:
