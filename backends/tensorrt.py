@@ -63,7 +63,7 @@ class TensorRTBackend(Backend):
         from ..exporters import onnx, tensorrt
         from ..exporters.build_plan import BuildPlan, profile_shapes
         from ..exporters.float_range import RANGE_OF_FLOAT32, float16_evidence
-        from ..exporters.options import checked_options
+        from ..exporters.options import OPSET, checked_options
         from ..exporters.program import ExportedProgram
         from ..exporters.settings import CALIBRATED
         from ..exporters.sparsity import prunable_modules, require_pattern, sparsity_evidence
@@ -86,7 +86,7 @@ class TensorRTBackend(Backend):
             found = float16_evidence(job.checkpoint, shapes, exported.program, job.calibration, hint)
             evidence["float16 range"] = found
         inputs = onnx.tensor_specs(exported.program.graph.inputs)
-        plan = BuildPlan.of(settings, options, [spec.name for spec in inputs], onnx.OPSET)
+        plan = BuildPlan.of(settings, options, [spec.name for spec in inputs], OPSET)
         plan.save(folder)
         return ExportedProgram(
             format=KIT,

@@ -12,10 +12,21 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..errors import InputError, UsageError
 from ..models.batching import padding_id
+from ..models.tasks.language_modeling import TextGeneration
 from .decoder import Decoder
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList, PreTrainedTokenizerBase
+
+
+def require_text(task: str, source: str = "It") -> None:
+    """Refuse what serves another task than writing.
+
+    Raises:
+        InputError: it does.
+    """
+    if task != TextGeneration.name:
+        raise InputError(f"{source} is for {task}, so it writes no text.", f"Give a model for {TextGeneration.name}.")
 
 
 class WritingSettings(BaseModel):

@@ -15,7 +15,8 @@ from tempfile import TemporaryDirectory
 
 from limbeck.backends.registry import load_runner
 from limbeck.exporters.inputs import random_batch
-from limbeck.validate.performance.loadgen import Load, run_loadgen
+from limbeck.validate.performance.loadgen import run_loadgen
+from limbeck.validate.performance.loadgen_log import Load
 from limbeck.validate.performance.worker import garbage_left_alone, timed, warm_up
 
 ROUNDS = 7

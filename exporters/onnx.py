@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from .inputs import dynamic_shapes, sample_inputs
 from .kv_cache import CachedTrace
 from .node_scopes import module_of
 from .onnx_weight_only import quantize_weights, weights_of_embeddings, weights_of_matrices
-from .options import OnnxOptions
+from .options import ATTENTION_OPSET, OPSET, OnnxOptions
 from .parameter_names import ParameterNames
 from .program import ProgramWeight
 from .settings import WEIGHT_ONLY, ExportSettings, Precision
@@ -34,9 +35,8 @@ if TYPE_CHECKING:
     import onnx_ir
     from transformers.exporters import ExportedModel
 
-OPSET: int = OnnxOptions().opset
-"""Pinned: the exporter's default moves with onnxscript's releases."""
 GRAPH_FILE = "model.onnx"
+_GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 _HALF_ROUNDING = 2.0**-11
 """Relative rounding of float16; bfloat16 keeps 8 bits (2^-8)."""
 _BFLOAT16_ROUNDING = 2.0**-8
@@ -85,18 +85,42 @@ def export_graph(
     from transformers.exporters import OnnxConfig, OnnxExporter
 
     options = options or OnnxOptions()
+    opset = options.opset or _opset(settings, options, trace)
     config = OnnxConfig(
-        opset_version=options.opset,
+        opset_version=opset,
         dynamic_shapes=trace.varying if trace else dynamic_shapes(checkpoint, settings.shapes),
         ort_fusions="cpu" if options.fusions else None,
     )
     inputs = dict(trace.inputs) if trace else sample_inputs(checkpoint, settings.shapes)
-    with quiet_exporters(), failures_named(checkpoint.module, options.opset):
+    few_heads = grouped_heads() if trace and opset >= ATTENTION_OPSET else nullcontext()
+    with quiet_exporters(), failures_named(checkpoint.module, opset), few_heads:
         exported = OnnxExporter().export(checkpoint.module, inputs, config)
     if settings.precision in WEIGHT_ONLY:
         fold_weights(exported.program)  # the head of tied embeddings has a matrix of its own then
     name_weights(exported.program, checkpoint.module)
     return exported
+
+
+def _opset(settings: ExportSettings, options: OnnxOptions, trace: CachedTrace | None) -> int:
+    """Attention as one operator takes half the time of its parts where a long cache of many texts is read. ONNX
+    Runtime's quantiser and its own fusions look for the parts."""
+    whole = trace is not None and settings.precision != "int8" and not options.fusions
+    return ATTENTION_OPSET if whole else OPSET
+
+
+@contextmanager
+def grouped_heads() -> Iterator[None]:
+    """Let transformers hand key heads that several query heads share to torch's attention as they are, where it would
+    repeat them: its own switch, a variable of the environment."""
+    before = os.environ.get(_GROUPED)
+    os.environ[_GROUPED] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_GROUPED]
+        else:
+            os.environ[_GROUPED] = before
 
 
 def name_weights(graph_model: onnx_ir.Model, module: nn.Module) -> None:

@@ -19,6 +19,7 @@ from .artifact import TensorSpec
 from .inputs import dynamic_shapes, longest, sample_inputs
 from .kv_cache import CachedTrace
 from .onnx import quiet_exporters
+from .openvino_attention import repeat_heads_in_two_ways
 from .openvino_scopes import name_module_outputs, recorded_scopes
 from .parameter_names import TRANSPOSED, ParameterNames, rows_of
 from .program import Floor, ProgramWeight, rounding_of
@@ -70,6 +71,8 @@ def export_graph(checkpoint: Checkpoint, settings: ExportSettings, trace: Cached
         exported = OpenVINOExporter().export(checkpoint.module, inputs, config)
     if trace is None:
         _bound_shapes(exported.program, checkpoint, settings.shapes)
+    else:
+        repeat_heads_in_two_ways(exported.program)
     name_weights(exported.program, checkpoint.module)
     name_module_outputs(exported.program, scopes)
     if settings.precision == "fp16":

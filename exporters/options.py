@@ -13,6 +13,10 @@ Options = TypeVar("Options", bound="BackendOptions")
 
 NEWEST_OPSET = 23
 """Of ONNX, as far as torch's exporter writes it."""
+OPSET = 20
+"""Pinned: the exporter's default moves with onnxscript's releases."""
+ATTENTION_OPSET = 23
+"""The first with an operator for attention, which reads few key heads for many query heads without repeating them."""
 
 
 class BackendOptions(BaseModel):
@@ -25,7 +29,13 @@ class BackendOptions(BaseModel):
 class OnnxOptions(BackendOptions):
     """Options of `--backend onnx`."""
 
-    opset: int = Field(20, ge=18, le=NEWEST_OPSET, description="ONNX opset of the graph.")
+    opset: int | None = Field(
+        None,
+        ge=18,
+        le=NEWEST_OPSET,
+        description=f"ONNX opset of the graph; {OPSET} if not given, {ATTENTION_OPSET} for a language model with its "
+        "cache.",
+    )
     fusions: bool = Field(
         False,
         description="Fuse attention, norms and activations into ONNX Runtime's own operators: not with int8, and no "

@@ -28,7 +28,8 @@ from ..models.checkpoint import Checkpoint
 from .constant_weights import fold_weights
 from .float8 import int8_to_float8
 from .inputs import dynamic_shapes, sample_inputs
-from .onnx import OPSET, name_weights, quiet_exporters
+from .onnx import name_weights, quiet_exporters
+from .options import OPSET
 from .precision import HALF_DTYPES, half_precision
 from .settings import CALIBRATED, ExportSettings, Precision
 from .static_quantization import WeightQuantizer

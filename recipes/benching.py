@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,8 +15,9 @@ from ..models.checkpoint import Checkpoint
 from ..validate.performance.latency import BenchResult, BenchSettings, BenchSubject
 from ..validate.performance.latency import bench as time_side_by_side
 from ..validate.performance.loadgen import require_loadgen
-from ..validate.performance.metrics import with_latency, with_scenarios
+from ..validate.performance.metrics import with_generation, with_latency, with_scenarios
 from ..validate.performance.scenarios import ScenarioSettings, run_scenarios
+from ..validate.performance.token_times import GenerationSettings, bench_generation
 from ..validate.records.performance import Noise
 from ..validate.records.report import Candidate, Report
 from .progress import SILENT, Progress
@@ -56,6 +57,7 @@ def bench(
     subjects: dict[str, Path],
     settings: BenchSettings,
     *,
+    generation: GenerationSettings | None = None,
     scenarios: ScenarioSettings | None = None,
     task: str | None = None,
     progress: Progress = SILENT,
@@ -63,25 +65,27 @@ def bench(
     """Time checkpoints (eager torch) and artifacts side by side, ratios to the first; then, one after the other, in the
     scenarios of MLPerf that are asked for.
 
+    Args:
+        generation: time texts that are written, and not single calls; scenarios are of the first of its shapes then.
+
     Raises:
         InputError: a path that is neither.
+        UsageError: scenarios that cannot be had, or text of a program that keeps no cache.
         BackendUnavailable: scenarios without LoadGen.
     """
-    if scenarios is not None:
-        require_loadgen()  # before anything is timed
+    if scenarios is not None:  # before anything is timed
+        scenarios.check(writes=generation is not None)
+        require_loadgen()
     listed = [
         BenchSubject(name=name, path=path, kind="artifact" if (path / "manifest.json").exists() else "checkpoint",
                      task=task if not (path / "manifest.json").exists() else None)
         for name, path in subjects.items()
     ]  # fmt: skip
-    results = time_side_by_side(listed, settings, progress.say)
-    candidates = [
-        with_latency(_bare_candidate(result), result, results[0] if result is not results[0] else None)
-        for result in results
-    ]
+    candidates, noise, energy = _timed(listed, settings, generation, progress)
     if scenarios is not None:
+        texts = generation.shapes[0] if generation is not None else None
         candidates = [
-            with_scenarios(candidate, run_scenarios(subject, scenarios, settings, progress.say))
+            with_scenarios(candidate, run_scenarios(subject, scenarios, settings, progress.say, texts))
             for candidate, subject in zip(candidates, listed, strict=True)
         ]
     return Report(
@@ -91,9 +95,29 @@ def bench(
         command=command_line(),
         candidates=candidates,
         environment=facts(),
-        noise=results[0].noise,
-        energy=_energy(results[0]),
+        noise=noise,
+        energy=energy,
     )
+
+
+def _timed(
+    subjects: Sequence[BenchSubject], settings: BenchSettings, generation: GenerationSettings | None, progress: Progress
+) -> tuple[list[Candidate], Noise | None, str | None]:
+    """Candidates with their times, the noise where it was measured, and what is to be said of energy, which is measured
+    of single calls only."""
+    if generation is not None:
+        written = bench_generation(subjects, generation, settings, progress.say)
+        candidates = [
+            with_generation(_bare_candidate(result.subject), result, written[0] if number else None)
+            for number, result in enumerate(written)
+        ]
+        return candidates, written[0].noise, None
+    results = time_side_by_side(subjects, settings, progress.say)
+    candidates = [
+        with_latency(_bare_candidate(result.subject), result, results[0] if number else None)
+        for number, result in enumerate(results)
+    ]
+    return candidates, results[0].noise, _energy(results[0])
 
 
 def _energy(first: BenchResult) -> str:
@@ -102,8 +126,7 @@ def _energy(first: BenchResult) -> str:
     return f"Energy is not measurable here: {first.no_meter}."
 
 
-def _bare_candidate(result: BenchResult) -> Candidate:
-    subject = result.subject
+def _bare_candidate(subject: BenchSubject) -> Candidate:
     if subject.kind == "checkpoint":
         return Candidate(
             name=subject.name, kind="checkpoint", backend="torch", precision="fp32", path=subject.path.name

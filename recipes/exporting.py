@@ -241,7 +241,7 @@ def _check(
 ) -> list[CheckRecord]:
     progress.say("comparing outputs with torch")
     probes = probe_batches(checkpoint, manifest.settings.shapes, token_stream(batches))
-    checks = [check_parity(runner, checkpoint.run, probes, manifest.settings.precision)]
+    checks = [check_parity(runner, checkpoint.run, probes, manifest.settings.precision, manifest.cache)]
     return [*checks, *_check_cache(checkpoint, manifest, runner, batches, progress)]
 
 

@@ -14,11 +14,9 @@ import torch
 from ..backends.base import Runner
 from ..backends.registry import load_runner
 from ..backends.torch_eager import EagerRunner
-from ..backends.writing import Writer, WritingSettings
-from ..errors import InputError
+from ..backends.writing import Writer, WritingSettings, require_text
 from ..exporters.artifact import MANIFEST_FILE, read_manifest
 from ..models.checkpoint import load_checkpoint, load_tokenizer
-from ..models.tasks.language_modeling import TextGeneration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TextStreamer
@@ -71,9 +69,9 @@ class LanguageProgram:
         folder = Path(source)
         if not (folder / MANIFEST_FILE).exists():
             checkpoint = load_checkpoint(source, trust_remote_code=trust_remote_code)
-            _require_text(source, checkpoint.task.name)
+            require_text(checkpoint.task.name, source)
             return cls(EagerRunner(checkpoint, threads), checkpoint.tokenizer, checkpoint.max_length)
-        _require_text(source, read_manifest(folder).task)
+        require_text(read_manifest(folder).task, source)
         runner, manifest = load_runner(folder, threads)
         return cls(runner, load_tokenizer(folder), manifest.max_length)
 
@@ -81,11 +79,6 @@ class LanguageProgram:
         """Raises:
         UsageError: the program keeps no cache."""
         return Writer(self.runner.decoder(), self.tokenizer, self.max_length)
-
-
-def _require_text(source: str, task: str) -> None:
-    if task != TextGeneration.name:
-        raise InputError(f"{source} is for {task}, so it writes no text.", f"Give a model for {TextGeneration.name}.")
 
 
 def generate(

@@ -13,8 +13,10 @@ from .records.report import Candidate, Report, Slice
 
 _FINGERPRINT = re.compile(r"\bfingerprint ([0-9a-f]+)")
 _SLICE = re.compile(r", slice (.+): \d+ rows, fingerprint")
+OF_TOKENS = ("ttft_", "tpot_", "tokens_per_second", "cache_mb")
+"""How metrics of text that was written under a stopwatch begin."""
 _OF_THE_MACHINE = ("latency_", "speedup_", "cold_start_", "peak_memory_", "energy_", "single_stream_", "multi_stream_",
-                   "offline_", "server_")  # fmt: skip
+                   "offline_", "server_", *OF_TOKENS)  # fmt: skip
 _OF_THE_ARTIFACT = ("size_mb", "parameters")
 _TO_THE_TEACHER = re.compile(
     r"(_kept|_difference|_ratio|_difference_max|_agreement)$|^(agreement_|speedup_)|"
@@ -54,7 +56,7 @@ class Comparability:
         if self.other_teacher and _TO_THE_TEACHER.search(metric):
             return "another teacher"
         if metric.startswith(_OF_THE_MACHINE):
-            other_call = bool(old.latencies and new.latencies) and _call_of(old) != _call_of(new)
+            other_call = _other_call(old, new, metric)
             other_load = "another load" if _load_of(old, metric) != _load_of(new, metric) else None
             return self.other_machine or ("other sizes or threads" if other_call else other_load)
         return "other data" if self._other_data(part.name if part and part.kind == "file" else None) else None
@@ -159,11 +161,21 @@ def _gpus(report: Report) -> list[str]:
 
 
 def _threads(report: Report) -> list[int]:
-    return sorted({latency.threads for candidate in report.measured for latency in candidate.latencies})
+    timed = (each for item in report.measured for each in (*item.latencies, *item.generations))
+    return sorted({each.threads for each in timed})
 
 
 def _listed(values: Iterable[object]) -> str:
     return ", ".join(map(str, values)) or "none"
+
+
+def _other_call(old: Candidate, new: Candidate, metric: str) -> bool:
+    """Whether a metric of time or memory is about calls of other sizes or threads in the two; of texts where it says
+    so, or where nothing else was timed."""
+    if metric.startswith(OF_TOKENS) or not (old.latencies or new.latencies):
+        texts = [_texts_of(side, metric.partition("/")[2]) for side in (old, new)]
+        return None not in texts and texts[0] != texts[1]
+    return bool(old.latencies and new.latencies) and _call_of(old) != _call_of(new)
 
 
 def _call_of(candidate: Candidate) -> tuple[int, int, int]:
@@ -172,10 +184,21 @@ def _call_of(candidate: Candidate) -> tuple[int, int, int]:
     return first.batch_size, first.sequence_length, first.threads
 
 
+def _texts_of(candidate: Candidate, shape: str) -> tuple[int, int, int, int] | None:
+    """Sizes and threads of the texts that metrics with this ending are about: of the first where there is none."""
+    for each in candidate.generations:
+        if shape in ("", f"{each.batch_size}x{each.prompt_tokens}"):
+            return each.batch_size, each.prompt_tokens, each.new_tokens, each.threads
+    return None
+
+
 def _load_of(candidate: Candidate, metric: str) -> tuple[object, ...] | None:
     """What LoadGen was asked where the metric is a scenario's."""
     for each in candidate.scenarios:
         if metric.startswith(f"{each.name}_"):
             target = None if each.searched else each.target_qps  # what a search found is a result
-            return each.batch_size, each.sequence_length, each.threads, target, each.latency_bound_ms
+            load = each.batch_size, each.sequence_length, each.threads, target, each.latency_bound_ms
+            if each.tokens is None:
+                return load
+            return *load, each.tokens.new_tokens, each.tokens.ttft_bound_ms, each.tokens.tpot_bound_ms
     return None

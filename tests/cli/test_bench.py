@@ -1,4 +1,4 @@
-"""`limbeck bench` with MLPerf's scenarios, its noise and its report."""
+"""`limbeck bench` with MLPerf's scenarios, written text, its noise and its report."""
 
 from __future__ import annotations
 
@@ -72,6 +72,14 @@ def test_noise_and_cpus_are_told(model: Path, limbeck: Limbeck) -> None:
         (("--scenario", "server"), "server scenario needs a bound"),
         (("--scenario", "offline", "--target-qps", "9"), "the server scenario's, which was not asked for"),
         (("--scenario", "offline", "--duration", "0"), "--duration: input should be greater than 0"),
+        (("--scenario", "server", "--tpot-bound-ms", "9"), "is for texts that are written"),
+        (("--prompt-length", "9"), "--prompt-length is of texts, and none are asked for"),
+        (("--batch-size", "1,8"), "Several batch sizes are for texts"),
+        (("--generate", "--sequence-length", "9"), "--sequence-length is of a single call"),
+        (("--generate", "--prompt-length", "9,"), "--prompt-length takes a size (8) or several (1,8), not '9,'"),
+        (("--generate", "--new-tokens", "1"), "--new-tokens: input should be greater than or equal to 2"),
+        (("--generate", "--scenario", "server"), "needs a bound on its first tokens"),
+        (("--generate", "--scenario", "multi-stream"), "MultiStream is for queries"),
         (("--latency-bound-ms", "9"), "--latency-bound-ms is for MLPerf's scenarios, and none was asked for"),
     ],
 )
@@ -87,4 +95,61 @@ def test_scenarios_without_loadgen_are_refused_before_anything_is_timed(model: P
     hidden = "import sys; sys.modules['mlperf_loadgen'] = None"
     shown = limbeck_child("bench", model, "--scenario", "offline", before=hidden)
     shown.assert_refused(3, "LoadGen, which is not installed", 'pip install "limbeck[perf]"')
+    assert "warming up" not in shown.err
+
+
+# --- written text --------------------------------------------------------------------------------------------------
+
+WRITTEN = ("--generate", "--prompt-length", "6,12", "--new-tokens", 4, "--threads", 1, "--rounds", 1)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Path:
+    """Where the report of texts and of one scenario of them went."""
+    from limbeck.cli.main import _run
+
+    out = tmp_path_factory.mktemp("bench") / "written"
+    llama = tiny_checkpoint("llama", "text-generation")
+    scenario = ("--batch-size", "1,2", "--task", "text-generation", "--scenario", "single-stream", "--duration", 0.2)
+    assert _run([str(word) for word in ("bench", llama, *WRITTEN, *scenario, "--out", out)]) == 0
+    return out
+
+
+def test_texts_are_in_the_report_and_gates_may_name_them(written: Path, tmp_path: Path, limbeck: Limbeck) -> None:
+    report = load_report(written)
+    (candidate,) = report.candidates
+    assert [(each.batch_size, each.prompt_tokens) for each in candidate.generations] == [
+        (1, 6),
+        (1, 12),
+        (2, 6),
+        (2, 12),
+    ]
+    assert all(each.new_tokens == 4 and each.cache_bytes > 0 for each in candidate.generations)
+    assert candidate.latencies == [] and report.energy is None
+    assert "Written text" in (written / "report.html").read_text(encoding="utf-8")
+    assert candidate.scenarios[0].tokens is not None and candidate.scenarios[0].sequence_length == 6
+    gates = tmp_path / "gates.yaml"
+    gates.write_text(
+        "- {metric: tokens_per_second, min: 0.001}\n"
+        "- {metric: tpot_p50_ms/2x12, max: 0.00001}\n"
+        "- {metric: single_stream_tpot_p90_ms, max: 0.00001}\n"
+    )
+    shown = limbeck("gate", written, "--gates", gates)
+    assert shown.code == 1
+    assert "tpot_p50_ms/2x12 at most 1e-05" in shown.out and "single_stream_tpot_p90_ms" in shown.out
+
+
+def test_texts_as_json(tiny_checkpoint: Callable[..., Path], limbeck: Limbeck) -> None:
+    llama = tiny_checkpoint("llama", "text-generation")
+    shown = limbeck("bench", llama, *WRITTEN, "--task", "text-generation", "--json")
+    assert shown.code == 0, shown.err
+    (found,) = json.loads(shown.out)["candidates"]
+    assert [each["prompt_tokens"] for each in found["generations"]] == [6, 12]
+    assert found["generations"][0]["tpot"]["p50_ms"] > 0 and found["peak_memory_mb"] > 0
+    assert "p50_ms" not in found
+
+
+def test_what_writes_no_text_is_refused(model: Path, limbeck: Limbeck) -> None:
+    shown = limbeck("bench", model, "--generate", "--threads", 1)
+    shown.assert_refused(4, "It is for sentence-similarity, so it writes no text")
     assert "warming up" not in shown.err

@@ -21,7 +21,8 @@ from limbeck.backends.registry import backend_of_format, get_backend, load_runne
 from limbeck.errors import ExportMismatch, InputError, IntegrityError, UsageError
 from limbeck.exporters.artifact import MANIFEST_FILE, Manifest, open_artifact, read_manifest, seal
 from limbeck.exporters.inputs import probe_batch, probe_batches, sample_inputs
-from limbeck.exporters.onnx import GRAPH_FILE, OPSET, name_weights, quiet_exporters, read_weights
+from limbeck.exporters.onnx import GRAPH_FILE, name_weights, quiet_exporters, read_weights
+from limbeck.exporters.options import OPSET
 from limbeck.exporters.program import ExportedProgram
 from limbeck.exporters.settings import ExportSettings, ShapeRange
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint

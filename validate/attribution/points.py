@@ -27,7 +27,7 @@ from ...models.checkpoint import Checkpoint, load_tokenizer
 from ..checks.weights import WeightAudit
 from ..metrics.comparison import chosen_metric
 from ..predictions import Predictions, Progress
-from ..proofs.parity import TOLERANCES
+from ..proofs.parity import TOLERANCES, tolerance_of
 from ..proofs.weight_audit import audit_weights
 from ..records.report import Candidate, Check, Parity, Point, Waypoint
 from ..standard import Standard, examples_for
@@ -163,7 +163,8 @@ class _Between:
         """Student, graph and program, as far as they are at hand."""
         tokenizer = load_tokenizer(item.folder)
         tokens = tokens_of(self._standard, tokenizer, item.manifest.max_length)
-        program = _Stop(_program(item), item.answers, tokens, TOLERANCES[item.manifest.settings.precision])
+        allowed = tolerance_of(item.manifest.settings.precision, item.manifest.cache)
+        program = _Stop(_program(item), item.answers, tokens, allowed)
         if self._student is None:
             return [_noted(program, f"student and graph are not at hand: {self._missing}")]
         if self._eager is None:

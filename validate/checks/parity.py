@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...exporters.inputs import probe_batches
-from ..proofs.parity import TOLERANCES, check_parity
+from ..proofs.parity import check_parity, tolerance_of
 from ..records.report import Check
 from .base import Subject, SubjectCheck, Unchecked
 from .diagnosis import diagnose
@@ -26,14 +26,14 @@ class ParityWithStudent(SubjectCheck):
             return None
         if subject.student is None:
             return Unchecked(subject.student_missing)
-        precision = subject.manifest.settings.precision
+        precision, cache = subject.manifest.settings.precision, subject.manifest.cache
         probes = list(probe_batches(subject.student, subject.manifest.settings.shapes, subject.stream))
-        found = Check(**check_parity(subject.runner, subject.student.run, probes, precision).model_dump())
+        found = Check(**check_parity(subject.runner, subject.student.run, probes, precision, cache).model_dump())
         furthest = max(float(row["share of the output"]) for row in found.rows)
         if found.passed and furthest <= _ROUNDING.get(precision, 1.0):
             return found
         batches = [batch for _, batch in probes]
-        cause = diagnose(subject.runner, subject.student, batches, TOLERANCES[precision])
+        cause = diagnose(subject.runner, subject.student, batches, tolerance_of(precision, cache))
         if cause is None:
             return found
         return found.model_copy(update={"detail": f"it computes what the student would with {cause}: {found.detail}"})

@@ -9,7 +9,7 @@ ratio of two subjects, taken round by round, stays true.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -88,13 +88,12 @@ class Speedup:
 
 
 @dataclass(frozen=True)
-class BenchResult:
-    """What was measured on one subject. Memory is in MiB and counts the whole process, Python and torch included."""
+class SubjectRun:
+    """What was seen of the process that measured one subject. Memory is in MiB and counts the whole process, Python and
+    torch included."""
 
     subject: BenchSubject
     settings: BenchSettings
-    rounds_ms: Samples
-    """Milliseconds of every call, [rounds, calls]."""
     properties: Mapping[str, str]
     """Compile properties as read back from the runtime."""
     cold_start_ms: float
@@ -104,20 +103,28 @@ class BenchResult:
     private_memory_mb: float | None
     program_memory_mb: float | None
     """Growth of the private memory from before the load to after the last round: the subject and its runtime."""
-    warm_up_calls: int
-    warm_up_settled: bool
     idle_cpu_share: float
     """CPU seconds a second that the worker used while others were timed; anything but about 0 falsifies theirs."""
     busy_cpus: float
     """CPU seconds a second that it used while it was timed itself: how many threads had work, or span."""
     cpus: list[int]
     """The logical CPUs that it was bound to, as read back; empty where the system binds no processes."""
+    meter: str | None
+    """What energy was read from (see `energy`)."""
+    no_meter: str | None
+    """Why none was, as the end of a sentence."""
+
+
+@dataclass(frozen=True)
+class BenchResult(SubjectRun):
+    """What was measured on one subject."""
+
+    rounds_ms: Samples
+    """Milliseconds of every call, [rounds, calls]."""
+    warm_up_calls: int
+    warm_up_settled: bool
     energy_mj: float | None
     """Millijoules a call, by the meter."""
-    meter: str | None
-    """What was read (see `energy`)."""
-    no_meter: str | None
-    """Why nothing was, as the end of a sentence."""
     noise: Noise | None = None
     """The first subject against itself in a second process, where that was asked for."""
 
@@ -178,11 +185,15 @@ def speedup(baseline: BenchResult, candidate: BenchResult, seed: int = 0) -> Spe
             f"{baseline.subject.name!r} and {candidate.subject.name!r} were not measured in the same rounds.",
             "Give both to one `bench`.",
         )
-    ratios = np.median(baseline.rounds_ms, axis=1) / np.median(candidate.rounds_ms, axis=1)
-    by_round = tuple(float(ratio) for ratio in ratios)
-    if len(ratios) < _FEWEST_ROUNDS_FOR_AN_INTERVAL:
-        return Speedup(float(np.median(baseline.rounds_ms) / np.median(candidate.rounds_ms)), None, None, by_round)
-    interval = paired_ratio_interval(baseline.rounds_ms, candidate.rounds_ms, seed=seed)
+    return paired_speedup(baseline.rounds_ms, candidate.rounds_ms, seed)
+
+
+def paired_speedup(baseline: Samples, candidate: Samples, seed: int = 0) -> Speedup:
+    """The same of times, [rounds, calls] each."""
+    by_round = tuple(float(ratio) for ratio in np.median(baseline, axis=1) / np.median(candidate, axis=1))
+    if len(by_round) < _FEWEST_ROUNDS_FOR_AN_INTERVAL:
+        return Speedup(float(np.median(baseline) / np.median(candidate)), None, None, by_round)
+    interval = paired_ratio_interval(baseline, candidate, seed=seed)
     return Speedup(interval.point, interval.low, interval.high, by_round)
 
 
@@ -199,6 +210,24 @@ def bench(
         WorkerDied: a runtime that crashed, ran out of memory or hung.
     """
     settings = settings or BenchSettings()
+    with workers_of(subjects, settings) as (timed, workers):
+        results = _measure(timed, workers, settings, progress)
+    if settings.measure_noise:
+        *results, twin = results
+        noise = noise_of(results[0].subject, speedup(results[0], twin))
+        results[0] = replace(results[0], noise=noise)
+    return results
+
+
+@contextmanager
+def workers_of(
+    subjects: Sequence[BenchSubject], settings: BenchSettings
+) -> Iterator[tuple[list[BenchSubject], list[WorkerProcess]]]:
+    """A process for every subject, and a second one for the first where noise is measured; with who is in each.
+
+    Raises:
+        UsageError: no subjects, or two of one name.
+    """
     names = [subject.name for subject in subjects]
     if not names:
         raise UsageError("There is nothing to measure.", "Name at least one checkpoint or artifact.")
@@ -206,59 +235,71 @@ def bench(
         raise UsageError(f"Two subjects of a bench have the same name: {', '.join(names)}.")
     timed = [*subjects, subjects[0]] if settings.measure_noise else list(subjects)
     with ExitStack() as stack:
-        workers = [
-            stack.enter_context(WorkerProcess(subject.name, settings.threads_used, settings.timeout_seconds))
-            for subject in timed
-        ]
-        results = _measure(timed, workers, settings, progress)
-    if settings.measure_noise:
-        *results, twin = results
-        ratio = speedup(results[0], twin)
-        noise = Noise(subject=names[0], ratio=ratio.point, low=ratio.low, high=ratio.high, rounds=settings.rounds)
-        results[0] = replace(results[0], noise=noise)
-    return results
+        yield (
+            timed,
+            [
+                stack.enter_context(WorkerProcess(subject.name, settings.threads_used, settings.timeout_seconds))
+                for subject in timed
+            ],
+        )
 
 
-def _measure(
+def load_all(
     subjects: Sequence[BenchSubject], workers: Sequence[WorkerProcess], settings: BenchSettings, progress: Progress
-) -> list[BenchResult]:
+) -> list[dict[str, Any]]:
+    """Let every worker open its subject; their answers, the properties of the runtimes among them."""
     loaded, cpus = [], cpus_to_pin(settings.threads_used)
     for subject, worker in zip(subjects, workers, strict=True):
         progress(f"loading {subject.name}")
         fields = subject.model_dump(mode="json", exclude={"name"})
         loaded.append(worker.ask("load", **fields, threads=settings.threads_used, cpus=cpus))
-    vocabulary = min(answer["vocabulary"] for answer in loaded)  # ids that every subject knows
+    return loaded
+
+
+def common_vocabulary(loaded: Sequence[Mapping[str, Any]]) -> int:
+    """Ids below it are known to every subject."""
+    return min(int(answer["vocabulary"]) for answer in loaded)
+
+
+def prepare_call(worker: WorkerProcess, vocabulary: int, settings: BenchSettings) -> dict[str, Any]:
+    """Let a worker bind a batch and call until it is warm."""
+    return worker.ask(
+        "prepare",
+        vocabulary=vocabulary,
+        shape=[settings.batch_size, settings.sequence_length],
+        seed=settings.seed,
+        warm_up_seconds=settings.warm_up_seconds,
+        tolerance=settings.warm_up_tolerance,
+    )
+
+
+def noise_of(subject: BenchSubject, ratio: Speedup) -> Noise:
+    """The record of a subject that was held against itself."""
+    return Noise(subject=subject.name, ratio=ratio.point, low=ratio.low, high=ratio.high, rounds=len(ratio.by_round))
+
+
+def _measure(
+    subjects: Sequence[BenchSubject], workers: Sequence[WorkerProcess], settings: BenchSettings, progress: Progress
+) -> list[BenchResult]:
+    loaded = load_all(subjects, workers, settings, progress)
+    vocabulary = common_vocabulary(loaded)
     prepared = []
     for subject, worker in zip(subjects, workers, strict=True):
         progress(f"warming up {subject.name}")
-        prepared.append(
-            worker.ask(
-                "prepare",
-                vocabulary=vocabulary,
-                shape=[settings.batch_size, settings.sequence_length],
-                seed=settings.seed,
-                warm_up_seconds=settings.warm_up_seconds,
-                tolerance=settings.warm_up_tolerance,
-            )
-        )
+        prepared.append(prepare_call(worker, vocabulary, settings))
     calls = [_calls_per_round(answer["typical_ms"], settings) for answer in prepared]
-    rounds: list[list[dict[str, Any]]] = [[] for _ in workers]
-    for number, order in enumerate(_orders(len(workers), settings), start=1):
-        progress(f"round {number} of {settings.rounds}")
-        for index in order:
-            rounds[index].append(workers[index].ask("round", calls=calls[index]))
+    rounds = rounds_in_turn(workers, [{"do": "round", "calls": number} for number in calls], settings, progress)
     ends = [worker.ask("end") for worker in workers]
     return [
         BenchResult(
             subject=subject,
             settings=settings,
-            rounds_ms=np.array([answer["samples_ms"] for answer in rounds[index]], dtype=np.float64),
             properties=loaded[index]["properties"],
             cold_start_ms=prepared[index]["cold_start_ms"],
+            **cpu_shares(rounds[index], alone=len(workers) == 1),
+            rounds_ms=samples_of(rounds[index], "samples_ms"),
             warm_up_calls=prepared[index]["warm_up_calls"],
             warm_up_settled=prepared[index]["warm_up_settled"],
-            idle_cpu_share=_idle_cpu_share(rounds[index]) if len(workers) > 1 else 0.0,
-            busy_cpus=_total(rounds[index], "cpu_seconds") / max(_total(rounds[index], "seconds"), 1e-9),
             energy_mj=millijoules_a_call(
                 [answer["joules"] for answer in rounds[index]], calls[index] * settings.rounds
             ),
@@ -268,20 +309,37 @@ def _measure(
     ]
 
 
-def _orders(workers: int, settings: BenchSettings) -> Iterator[list[int]]:
-    """Who runs when: a new random order for each round."""
+def rounds_in_turn(
+    workers: Sequence[WorkerProcess],
+    commands: Sequence[Mapping[str, Any]],
+    settings: BenchSettings,
+    progress: Progress,
+) -> list[list[dict[str, Any]]]:
+    """Each worker's answers to its command, one a round; who runs when is drawn anew for each round."""
     random = np.random.default_rng(settings.seed)
-    for _ in range(settings.rounds):
-        yield [int(index) for index in random.permutation(workers)]
+    rounds: list[list[dict[str, Any]]] = [[] for _ in workers]
+    for number in range(1, settings.rounds + 1):
+        progress(f"round {number} of {settings.rounds}")
+        for index in random.permutation(len(workers)):
+            rounds[index].append(workers[index].ask(**commands[index]))
+    return rounds
+
+
+def samples_of(rounds: Sequence[Mapping[str, Any]], name: str) -> Samples:
+    """[rounds, calls]."""
+    return np.array([answer[name] for answer in rounds], dtype=np.float64)
+
+
+def cpu_shares(rounds: Sequence[Mapping[str, Any]], alone: bool) -> dict[str, float]:
+    """How busy a worker was while others were timed, and while it was timed itself."""
+    idle = 0.0 if alone else _total(rounds, "waited_cpu_seconds") / max(_total(rounds, "waited_seconds"), 1e-9)
+    busy = _total(rounds, "cpu_seconds") / max(_total(rounds, "seconds"), 1e-9)
+    return {"idle_cpu_share": idle, "busy_cpus": busy}
 
 
 def _calls_per_round(typical_ms: float, settings: BenchSettings) -> int:
     wanted = round(settings.seconds_per_round * 1e3 / max(typical_ms, 1e-6))
     return min(max(wanted, settings.min_calls_per_round), settings.max_calls_per_round)
-
-
-def _idle_cpu_share(rounds: Sequence[Mapping[str, Any]]) -> float:
-    return _total(rounds, "waited_cpu_seconds") / max(_total(rounds, "waited_seconds"), 1e-9)
 
 
 def _total(rounds: Sequence[Mapping[str, Any]], name: str) -> float:

@@ -1,5 +1,5 @@
 """One test of MLPerf's LoadGen on a prepared call, in this process: LoadGen decides when queries come and what their
-results are worth; limbeck only answers them.
+results are worth; limbeck only answers them (`loadgen_log.py` reads what it found).
 
 The program's call takes a whole batch, and a sample of LoadGen's is one sequence: samples that wait are answered as
 many at a time as the batch holds, and a query that brings fewer leaves the rest of its batch unused. What a scenario
@@ -7,73 +7,29 @@ is: Reddi et al., "MLPerf Inference Benchmark" (ISCA 2020, arXiv:1911.02549), se
 "Early Stopping Criterion" in https://github.com/mlcommons/inference_policies/blob/master/inference_rules.adoc. Every
 result is read from LoadGen's own `mlperf_log_detail.txt`.
 
-Token latencies (time to first token, time per output token) are a setting of LoadGen's, `use_token_latencies`, with
-`FirstTokenComplete` called between issue and end. That takes a runner that generates token by token with a cache of
-keys and values, which limbeck has none of yet; its place is a `_Program` of its own.
+Where a sample is a text that is written, LoadGen also times its tokens (`use_token_latencies`): it is told when a text
+has its first (`FirstTokenComplete`) and how many there are in the end. Offline has a rate of tokens only, since all of
+its samples wait from the start.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
 
 from ...environment import is_importable
-from ...errors import BackendUnavailable, LimbeckError
-from ..records.performance import ScenarioName
+from ...errors import BackendUnavailable
+from .loadgen_log import LOG, MULTI_STREAM_SAMPLES, SCENARIOS, Load, Outcome, read_outcome
 
-MULTI_STREAM_SAMPLES = 8
-"""Samples of a MultiStream query: MLPerf's own number."""
 _LEAD_IN_CALLS = 3
-_SCENARIOS = {"single_stream": "SingleStream", "multi_stream": "MultiStream", "offline": "Offline", "server": "Server"}
-_LOG_PREFIX = ":::MLLOG "
-_LOG = "mlperf_log_detail.txt"
-_PERCENTILES = ("50", "90", "95", "97", "99", "99.9")
+_NEVER_NS = 10**15
 _ROOM = 1.25
 """Offline's samples are counted beforehand; a machine that is so much faster than while it warmed up is still busy for
 the whole duration."""
-
-
-class LoadGenInterrupted(LimbeckError):
-    """LoadGen ended without a result: its log stops before the end."""
-
-
-class Load(BaseModel):
-    """What is asked of LoadGen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    scenario: ScenarioName
-    batch_size: int = Field(ge=1)
-    seconds: float = Field(gt=0)
-    typical_ms: float = Field(gt=0)
-    """About what a call takes: LoadGen draws its queries beforehand."""
-    target_qps: float | None = Field(default=None, gt=0)
-    """Server only: queries a second, arriving as a Poisson process."""
-    latency_bound_ms: float | None = Field(default=None, gt=0)
-    """Server only: what 99 % of queries must be answered within."""
-    seed: int = Field(default=0, ge=0)
-
-
-class Outcome(BaseModel):
-    """What LoadGen found; the fields are those of `records.performance.Scenario`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    queries: int
-    samples_per_second: float
-    validity: Literal["valid", "invalid", "undecided"]
-    reason: str
-    percentiles_ms: dict[str, float]
-    early_stopping_ms: float | None
-    loadgen: str
 
 
 def require_loadgen() -> None:
@@ -85,11 +41,11 @@ def require_loadgen() -> None:
         )
 
 
-def run_loadgen(call: Callable[[], object], load: Load, logs: Path) -> Outcome:
+def run_loadgen(call: Callable[..., object], load: Load, logs: Path) -> Outcome:
     """Run one test and read its result.
 
     Args:
-        call: the prepared call of one batch.
+        call: the prepared call of one batch; of texts with one argument (see `Load.texts`).
         logs: an empty folder that LoadGen writes its logs to.
 
     Raises:
@@ -100,7 +56,9 @@ def run_loadgen(call: Callable[[], object], load: Load, logs: Path) -> Outcome:
     require_loadgen()
     import mlperf_loadgen as loadgen
 
-    program = _QueueingProgram(call, load.batch_size) if load.scenario == "server" else _Program(call, load.batch_size)
+    answering = _Writing(call, load.texts.new_tokens) if load.texts else _Answering(call)
+    kind = _QueueingProgram if load.scenario == "server" else _Program
+    program = kind(answering, load.batch_size)
     sut = loadgen.ConstructSUT(program.issued, lambda: None)
     library = loadgen.ConstructQSL(1, 1, lambda _: None, lambda _: None)  # one input, bound already
     try:
@@ -109,22 +67,69 @@ def run_loadgen(call: Callable[[], object], load: Load, logs: Path) -> Outcome:
     finally:
         loadgen.DestroyQSL(library)
         loadgen.DestroySUT(sut)
-    if program.failure is not None:
-        raise program.failure
-    return read_outcome(logs / _LOG, load)
+    if answering.failure is not None:
+        raise answering.failure
+    return read_outcome(logs / LOG, load)
 
 
-class _Program:
-    """LoadGen's "system under test": answers a query before LoadGen may issue the next.
+class _Answering:
+    """Answers as many samples as the batch holds, by one call.
 
     A call that fails is never made again: what is still asked is answered at once, so that LoadGen comes to its end,
     and `failure` says what was raised.
     """
 
-    def __init__(self, call: Callable[[], object], batch_size: int) -> None:
+    def __init__(self, call: Callable[..., object]) -> None:
         self._call = call
-        self._batch_size = batch_size
         self.failure: Exception | None = None
+
+    def __call__(self, samples: Sequence[Any]) -> None:
+        """Run the program, and tell LoadGen of these samples that they are done; of none while it warms up."""
+        import mlperf_loadgen as loadgen
+
+        self._tried(self._call)
+        if samples:
+            loadgen.QuerySamplesComplete([loadgen.QuerySampleResponse(each.id, 0, 0) for each in samples])
+
+    def _tried(self, work: Callable[[], object]) -> None:
+        if self.failure is None:
+            try:
+                work()
+            except Exception as error:
+                self.failure = error
+
+
+class _Writing(_Answering):
+    """The same where a sample is a text."""
+
+    def __init__(self, call: Callable[..., object], new_tokens: int) -> None:
+        super().__init__(call)
+        self._new_tokens = new_tokens
+
+    def __call__(self, samples: Sequence[Any]) -> None:
+        import mlperf_loadgen as loadgen
+
+        told: list[bool] = []
+
+        def first_tokens() -> None:
+            told.append(True)
+            if samples:
+                loadgen.FirstTokenComplete([loadgen.QuerySampleResponse(each.id, 0, 0) for each in samples])
+
+        self._tried(lambda: self._call(first_tokens))
+        if not told:  # it failed before: LoadGen waits for a first token, too
+            first_tokens()
+        if samples:
+            ended = [loadgen.QuerySampleResponse(each.id, 0, 0, self._new_tokens) for each in samples]
+            loadgen.QuerySamplesComplete(ended)
+
+
+class _Program:
+    """LoadGen's "system under test": answers a query before LoadGen may issue the next."""
+
+    def __init__(self, answering: _Answering, batch_size: int) -> None:
+        self._answering = answering
+        self._batch_size = batch_size
 
     def __enter__(self) -> None:
         return
@@ -137,30 +142,17 @@ class _Program:
         self.answer(samples)
 
     def answer(self, samples: Sequence[Any]) -> None:
-        """Run the program as often as these samples take, and tell LoadGen of each that is done."""
-        import mlperf_loadgen as loadgen
-
+        """Run the program as often as these samples take."""
         for start in range(0, len(samples), self._batch_size):
-            self.compute()
-            loadgen.QuerySamplesComplete(
-                [loadgen.QuerySampleResponse(each.id, 0, 0) for each in samples[start : start + self._batch_size]]
-            )
-
-    def compute(self) -> None:
-        """One call of the program."""
-        if self.failure is None:
-            try:
-                self._call()
-            except Exception as error:
-                self.failure = error
+            self._answering(samples[start : start + self._batch_size])
 
 
 class _QueueingProgram(_Program):
     """Queries wait for a thread of their own, which takes as many at a time as a batch holds: LoadGen's goes on issuing
     them whenever they are due."""
 
-    def __init__(self, call: Callable[[], object], batch_size: int) -> None:
-        super().__init__(call, batch_size)
+    def __init__(self, answering: _Answering, batch_size: int) -> None:
+        super().__init__(answering, batch_size)
         self._waiting: SimpleQueue[list[Any] | None] = SimpleQueue()
         self._server = threading.Thread(target=self._serve, daemon=True)
         self._ready = threading.Event()
@@ -178,7 +170,7 @@ class _QueueingProgram(_Program):
 
     def _serve(self) -> None:
         for _ in range(_LEAD_IN_CALLS):  # a runtime may have a pool of threads for every thread that calls it
-            self.compute()
+            self._answering(())
         self._ready.set()
         while (samples := self._waiting.get()) is not None:
             taken = list(samples)
@@ -194,7 +186,7 @@ def _settings(load: Load) -> Any:
     import mlperf_loadgen as loadgen
 
     settings = loadgen.TestSettings()
-    settings.scenario = getattr(loadgen.TestScenario, _SCENARIOS[load.scenario])
+    settings.scenario = getattr(loadgen.TestScenario, SCENARIOS[load.scenario])
     settings.mode = loadgen.TestMode.PerformanceOnly
     settings.min_duration_ms = max(1, round(load.seconds * 1e3))
     settings.min_query_count = 1  # the duration decides, and early stopping says whether that was enough
@@ -206,11 +198,21 @@ def _settings(load: Load) -> Any:
     calls = math.ceil(MULTI_STREAM_SAMPLES / load.batch_size)
     settings.multi_stream_expected_latency_ns = max(1, round(calls * call_ns / 2))
     settings.offline_expected_qps = _ROOM * load.batch_size * 1e9 / call_ns
-    if load.target_qps is not None and load.latency_bound_ms is not None:
+    if load.target_qps is not None:
         settings.server_target_qps = load.target_qps
-        settings.server_target_latency_ns = max(1, round(load.latency_bound_ms * 1e6))
         settings.server_target_latency_percentile = 0.99
+    if load.latency_bound_ms is not None:
+        settings.server_target_latency_ns = max(1, round(load.latency_bound_ms * 1e6))
+    if load.texts is not None:
+        settings.use_token_latencies = True
+        settings.ttft_latency = _nanoseconds(load.texts.ttft_bound_ms)
+        settings.tpot_latency = _nanoseconds(load.texts.tpot_bound_ms)
     return settings
+
+
+def _nanoseconds(bound_ms: float | None) -> int:
+    """A bound as LoadGen takes it; where there is none, so far off that nothing is late."""
+    return max(1, round(bound_ms * 1e6)) if bound_ms is not None else _NEVER_NS
 
 
 def _log_settings(folder: Path) -> Any:
@@ -221,75 +223,3 @@ def _log_settings(folder: Path) -> Any:
     settings.log_output.outdir = str(folder)
     settings.log_output.copy_summary_to_stdout = False
     return settings
-
-
-def read_outcome(log: Path, load: Load) -> Outcome:
-    """The result in LoadGen's detailed log.
-
-    Raises:
-        LoadGenInterrupted: the log is missing, or stops before the result, or tells of an error of LoadGen's.
-    """
-    found: dict[str, Any] = {}
-    try:
-        for line in log.read_text(encoding="utf-8").splitlines():
-            if line.startswith(_LOG_PREFIX):
-                entry = json.loads(line.removeprefix(_LOG_PREFIX))
-                if entry["metadata"]["is_error"]:
-                    raise LoadGenInterrupted(f"LoadGen reports an error: {entry['key']}, {entry['value']}.")
-                found[entry["key"]] = entry["value"]
-        return _outcome(found, load)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LoadGenInterrupted(
-            f"LoadGen was interrupted: its log has no result of the {_SCENARIOS[load.scenario]} scenario.",
-            "Run it again; a test takes its whole --duration.",
-        ) from error
-
-
-def _outcome(found: dict[str, Any], load: Load) -> Outcome:
-    scenario, queries = load.scenario, int(found["result_query_count"])
-    per_query = "_per_query" if scenario == "multi_stream" else ""
-    percentiles = {} if scenario == "offline" else {
-        name: found[f"result_{float(name):.2f}_percentile{per_query}_latency_ns"] / 1e6 for name in _PERCENTILES
-    }  # fmt: skip
-    validity, reason = _validity(found, load, percentiles)
-    key = {"single_stream": "early_stopping_latency_ss", "multi_stream": "early_stopping_latency_ms"}.get(scenario)
-    estimate = found.get(key, 0) / 1e6 if key and found["early_stopping_met"] else None
-    return Outcome(
-        queries=queries,
-        samples_per_second=_rate(found, load, queries),
-        validity=validity,
-        reason=reason,
-        percentiles_ms=percentiles,
-        early_stopping_ms=estimate or None,
-        loadgen=str(found["loadgen_version"]).partition(" ")[0],
-    )
-
-
-def _rate(found: dict[str, Any], load: Load, queries: int) -> float:
-    if load.scenario == "offline":
-        return float(found["result_samples_per_second"])
-    if load.scenario == "server":
-        return float(found["result_completed_samples_per_sec"])
-    if load.scenario == "single_stream":
-        return float(found["result_qps_with_loadgen_overhead"])
-    return MULTI_STREAM_SAMPLES * 1e9 / float(found["result_mean_query_latency_ns"])
-
-
-def _validity(
-    found: dict[str, Any], load: Load, percentiles_ms: dict[str, float]
-) -> tuple[Literal["valid", "invalid", "undecided"], str]:
-    """LoadGen's verdict, and why it is not VALID."""
-    if found["result_validity"] == "VALID":
-        return "valid", ""
-    if not found.get("result_perf_constraints_met", True):
-        late = int(found["result_overlatency_query_count"])
-        return "invalid", (
-            f"99 % of queries took up to {percentiles_ms['99']:.3g} ms, over the bound of {load.latency_bound_ms:g} ms "
-            f"({late:,} of {int(found['result_query_count']):,} were late)"
-        )
-    if not found["result_min_duration_met"]:
-        return "undecided", f"it ran out of queries before the {load.seconds:g} seconds were over"
-    told = str(found["early_stopping_result"]).replace("*", " ")
-    more = re.search(r"at least (\d+ more|\d+) queries", told)
-    wanted = f"LoadGen wants at least {more.group(1)}" if more else " ".join(told.split())
-    return "undecided", f"{int(found['result_query_count']):,} queries are too few: {wanted} (a longer --duration)"

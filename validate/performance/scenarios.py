@@ -6,18 +6,21 @@ LoadGen measures one program at a time: ratios of two come from `latency`, whose
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ...environment import cpus_to_pin
 from ...errors import UsageError
 from ..records.performance import Scenario, ScenarioName
-from .latency import BenchSettings, BenchSubject, Progress
-from .loadgen import Load, Outcome, require_loadgen
+from .latency import BenchSettings, BenchSubject, Progress, common_vocabulary, load_all, prepare_call
+from .loadgen import require_loadgen
+from .loadgen_log import Load, Outcome, Texts
+from .token_times import open_writer, prepare_texts
 from .worker_process import WorkerProcess
+from .writing import TextShape
 
 _SEARCH_TESTS = 6
 """Tests of a search: each halves what is left between 0 and what back-to-back calls reach, so 2 % of that is left."""
@@ -37,20 +40,50 @@ class ScenarioSettings(BaseModel):
     """Server: queries a second. Where not given, the highest that holds the bound is searched."""
     latency_bound_ms: float | None = Field(default=None, gt=0)
     """Server: what 99 % of queries must be answered within."""
+    ttft_bound_ms: float | None = Field(default=None, gt=0)
+    """Server that writes text: what 99 % of texts must have their first token within, waiting included."""
+    tpot_bound_ms: float | None = Field(default=None, gt=0)
+    """Server that writes text: what a token after the first may take, on average of a text, in 99 % of texts."""
 
     @model_validator(mode="after")
-    def _server_has_a_bound(self) -> Self:
-        if "server" in self.scenario and self.latency_bound_ms is None:
+    def _bounds_are_the_servers(self) -> Self:
+        bounds = (self.target_qps, self.latency_bound_ms, self.ttft_bound_ms, self.tpot_bound_ms)
+        if "server" not in self.scenario and any(bounds):
+            raise UsageError(
+                "A target rate and a bound are the server scenario's, which was not asked for.",
+                "Add server to --scenario, or leave out --target-qps and the bounds.",
+            )
+        return self
+
+    def check(self, writes: bool) -> None:
+        """Refuse what the scenarios of a program cannot have, which is called for its answers or `writes` text.
+
+        Raises:
+            UsageError: a server without its bounds, bounds of another kind, or MultiStream of texts.
+        """
+        if writes and "multi_stream" in self.scenario:
+            raise UsageError(
+                "MultiStream is for queries that are answered at once, and not for texts.",
+                "Take single-stream, offline or server with --generate.",
+            )
+        tokens, given = (self.ttft_bound_ms, self.tpot_bound_ms), "--ttft-bound-ms or --tpot-bound-ms"
+        if writes and self.latency_bound_ms is not None:
+            raise UsageError("--latency-bound-ms is for single calls; texts have a bound for their tokens.",
+                             "Give --ttft-bound-ms, --tpot-bound-ms or both.")  # fmt: skip
+        if not writes and any(tokens):
+            raise UsageError(f"{given} is for texts that are written.", "Add --generate.")
+        if "server" not in self.scenario:
+            return
+        if writes and not any(tokens):
+            raise UsageError(
+                "A server that writes text needs a bound on its first tokens, on those after them, or on both.",
+                "Add --ttft-bound-ms 200 --tpot-bound-ms 20, say.",
+            )
+        if not writes and self.latency_bound_ms is None:
             raise UsageError(
                 "The server scenario needs a bound that 99 % of its queries are answered within.",
                 "Add --latency-bound-ms 10, say.",
             )
-        if "server" not in self.scenario and (self.target_qps or self.latency_bound_ms):
-            raise UsageError(
-                "A target rate and a latency bound are the server scenario's, which was not asked for.",
-                "Add server to --scenario, or leave out --target-qps and --latency-bound-ms.",
-            )
-        return self
 
 
 def run_scenarios(
@@ -58,8 +91,10 @@ def run_scenarios(
     settings: ScenarioSettings,
     timing: BenchSettings,
     progress: Progress = lambda _: None,
+    texts: TextShape | None = None,
 ) -> list[Scenario]:
-    """Every scenario asked for on one subject, at the batch, sequence and threads of `timing`.
+    """Every scenario asked for on one subject, with the threads of `timing`, and at its batch and sequence where a
+    sample is not a text.
 
     Raises:
         BackendUnavailable: LoadGen is not installed, or the artifact's runtime.
@@ -68,33 +103,59 @@ def run_scenarios(
         WorkerDied: the process that measured ended.
     """
     require_loadgen()
-    return [_run(subject, name, settings, timing, progress) for name in dict.fromkeys(settings.scenario)]
+    settings.check(writes=texts is not None)
+    asked = _Asked(subject, settings, timing, texts, progress)
+    return [_run(name, asked) for name in dict.fromkeys(settings.scenario)]
 
 
-def _run(
-    subject: BenchSubject, name: ScenarioName, settings: ScenarioSettings, timing: BenchSettings, progress: Progress
-) -> Scenario:
+@dataclass(frozen=True)
+class _Asked:
+    """What all scenarios of a subject have in common."""
+
+    subject: BenchSubject
+    settings: ScenarioSettings
+    timing: BenchSettings
+    texts: TextShape | None
+    progress: Progress
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Batch and sequence; of texts their prompts'."""
+        if self.texts is not None:
+            return self.texts.batch_size, self.texts.prompt_tokens
+        return self.timing.batch_size, self.timing.sequence_length
+
+    def prepare(self, worker: WorkerProcess) -> float:
+        """Load and warm up; about how many milliseconds a call takes."""
+        loaded = load_all([self.subject], [worker], self.timing, lambda _: None)
+        vocabulary = common_vocabulary(loaded)
+        if self.texts is None:
+            return float(prepare_call(worker, vocabulary, self.timing)["typical_ms"])
+        open_writer(self.subject, worker, [self.texts])
+        return float(prepare_texts(worker, vocabulary, self.texts, self.timing)["typical_ms"])
+
+    def load(self, name: ScenarioName, typical_ms: float) -> Load:
+        """What LoadGen is asked, but for the rate."""
+        settings, bounds = self.settings, {}
+        if name == "server":
+            bounds = {"ttft_bound_ms": settings.ttft_bound_ms, "tpot_bound_ms": settings.tpot_bound_ms}
+        return Load(
+            scenario=name,
+            batch_size=self.shape[0],
+            seconds=settings.duration,
+            typical_ms=typical_ms,
+            latency_bound_ms=settings.latency_bound_ms,
+            seed=self.timing.seed,
+            texts=Texts(new_tokens=self.texts.new_tokens, **bounds) if self.texts else None,
+        )
+
+
+def _run(name: ScenarioName, asked: _Asked) -> Scenario:
+    subject, settings, timing, progress = asked.subject, asked.settings, asked.timing, asked.progress
     longest = timing.timeout_seconds + 2 * _HOPELESS * settings.duration
     progress(f"{name.replace('_', ' ')} on {subject.name}")
     with WorkerProcess(subject.name, timing.threads_used, longest) as worker:
-        fields = subject.model_dump(mode="json", exclude={"name"})
-        loaded = worker.ask("load", **fields, threads=timing.threads_used, cpus=cpus_to_pin(timing.threads_used))
-        prepared = worker.ask(
-            "prepare",
-            vocabulary=loaded["vocabulary"],
-            shape=[timing.batch_size, timing.sequence_length],
-            seed=timing.seed,
-            warm_up_seconds=timing.warm_up_seconds,
-            tolerance=timing.warm_up_tolerance,
-        )
-        tests = _Tests(worker, Load(
-            scenario=name,
-            batch_size=timing.batch_size,
-            seconds=settings.duration,
-            typical_ms=prepared["typical_ms"],
-            latency_bound_ms=settings.latency_bound_ms,
-            seed=timing.seed,
-        ))  # fmt: skip
+        tests = _Tests(worker, asked.load(name, asked.prepare(worker)))
         if name != "server":
             outcome, target = tests.run(None), None
         elif settings.target_qps is not None:
@@ -104,8 +165,8 @@ def _run(
     server = name == "server"
     return Scenario(
         name=name,
-        batch_size=timing.batch_size,
-        sequence_length=timing.sequence_length,
+        batch_size=asked.shape[0],
+        sequence_length=asked.shape[1],
         threads=timing.threads_used,
         duration_seconds=settings.duration,
         target_qps=target,

@@ -6,10 +6,10 @@ import os
 
 from ...environment import available_cores, available_cpus
 from ..records.report import Check
-from .latency import BenchResult
+from .latency import SubjectRun
 
 
-def check_threads(result: BenchResult) -> Check | None:
+def check_threads(result: SubjectRun) -> Check | None:
     """The number of threads as read back from the runtime, against what it was told and against the CPUs here; `None`
     where a runtime has no such number (a GPU's).
 
@@ -31,7 +31,7 @@ def check_threads(result: BenchResult) -> Check | None:
     return Check(name="threads", passed=False, detail=f"{found}: {cause}; {busy}")
 
 
-def _why_fewer(asked: int, available: int, result: BenchResult) -> str:
+def _why_fewer(asked: int, available: int, result: SubjectRun) -> str:
     if os.environ.get("ORT_LOAD_CONFIG_FROM_MODEL") == "1" and result.properties["runtime"].startswith("onnxruntime"):
         return "the graph sets it, which ORT_LOAD_CONFIG_FROM_MODEL=1 in the environment lets it"
     if asked > available:

@@ -1,9 +1,10 @@
 """One subject of `bench`, in a process of its own: `python -m limbeck.validate.performance.worker`.
 
 Reads one JSON command a line from standard input and answers each with one JSON line: `load`, `prepare`, `round`,
-`scenario`, `end`. Between commands it is blocked on the read; it answers a command only when its thread pools have
-stopped spinning, so that the next subject has the machine to itself. The end of standard input is the end of the
-process, so a parent that is killed leaves no worker behind.
+`scenario`, `end`; `open_writer`, `prepare_texts` and `write_round` where text is written. Between commands it is
+blocked on the read; it answers a command only when its thread pools have stopped spinning, so that the next subject has
+the machine to itself. The end of standard input is the end of the process, so a parent that is killed leaves no worker
+behind.
 
 A mistake of the user's (`LimbeckError`) is an answer; anything else is a traceback on standard error and a dead worker.
 """
@@ -21,17 +22,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...backends.base import Runner
+from ...backends.decoder import Decoder
 from ...backends.registry import load_runner
 from ...backends.torch_eager import EagerRunner
-from ...errors import InputError, LimbeckError
+from ...backends.writing import require_text
+from ...errors import BackendUnavailable, InputError, LimbeckError
 from ...exporters.inputs import random_batch, vocabulary_of
 from ...files import read_json
 from ...models.batching import Batch
 from ...models.checkpoint import load_checkpoint, max_positions
 from .energy import POWERCAP, Device, Meter, NoMeter, find_meter
+from .writing import TextShape, TimedWriter
+
+Timings = TypeVar("Timings")
 
 _LEAD_IN_CALLS = 2
 _LEAD_IN_SECONDS = 0.02
@@ -50,6 +56,11 @@ class _Loaded:
     input_names: list[str]
     positions: int | None
     """Tokens a checkpoint has positions for; an artifact's program knows its own bounds."""
+    max_length: int
+    """Tokens that a text may have."""
+    task: str
+    stand_in: str | None = None
+    """What runs here in the program's place (see `Manifest`)."""
 
 
 class LatencyWorker:
@@ -60,6 +71,8 @@ class LatencyWorker:
         self._loaded: _Loaded | None = None
         self._batch: Batch = {}  # kept: a runtime may read its bound inputs in place
         self._call: Callable[[], object] = lambda: None
+        self._decoder: Decoder | None = None
+        self._writer: TimedWriter | None = None
         self._load_ms = 0.0
         self._memory_before_mb: float | None = None
         self._meter: Meter | NoMeter = NoMeter("nothing was loaded")
@@ -73,6 +86,9 @@ class LatencyWorker:
             "prepare": self.prepare,
             "round": self.round,
             "scenario": self.scenario,
+            "open_writer": self.open_writer,
+            "prepare_texts": self.prepare_texts,
+            "write_round": self.write_round,
             "end": self.end,
         }
 
@@ -88,11 +104,14 @@ class LatencyWorker:
             checkpoint = load_checkpoint(path, task)
             vocabulary = vocabulary_of(checkpoint.model.config.to_dict(), folder)
             runner: Runner = EagerRunner(checkpoint, threads)
-            self._loaded = _Loaded(runner, checkpoint.input_names, max_positions(checkpoint.model))
+            positions = max_positions(checkpoint.model)
+            names, longest = checkpoint.input_names, checkpoint.max_length
+            self._loaded = _Loaded(runner, names, positions, longest, checkpoint.task.name)
         else:
             runner, manifest = load_runner(folder, threads=threads)
             vocabulary = vocabulary_of(read_json(folder / "config.json"), folder)
-            self._loaded = _Loaded(runner, [spec.name for spec in manifest.inputs], None)
+            names = [spec.name for spec in manifest.inputs]
+            self._loaded = _Loaded(runner, names, None, manifest.max_length, manifest.task, manifest.stand_in)
         self._load_ms = (time.perf_counter() - start) * 1e3
         device: Device = "gpu" if "device" in runner.properties else "cpu"  # runtimes of the CPU name none
         self._meter = find_meter(device, self._powercap)
@@ -102,9 +121,7 @@ class LatencyWorker:
         self, vocabulary: int, shape: list[int], seed: int, warm_up_seconds: float, tolerance: float
     ) -> dict[str, Any]:
         """Bind the batch and call until warm; the first answer ends the cold start."""
-        loaded = self._loaded
-        if loaded is None:
-            raise RuntimeError("prepare before load")
+        loaded = self._subject()
         batch, sequence = shape
         if loaded.positions is not None and sequence > loaded.positions:
             raise InputError(
@@ -126,28 +143,84 @@ class LatencyWorker:
 
     def round(self, calls: int) -> dict[str, Any]:
         """Time that many calls, after a few that wake the threads; and how busy the wait for this round was."""
-        wall, busy = time.perf_counter() - self._went_quiet[0], time.process_time() - self._went_quiet[1]
+        waited = self._waited()
         woken = time.perf_counter() + _LEAD_IN_SECONDS
         for done in range(calls):
             if done >= _LEAD_IN_CALLS and time.perf_counter() >= woken:
                 break
             self._call()
+        samples, spent = self._metered(lambda: timed(self._call, calls))
+        return {"samples_ms": samples, **waited, **spent}
+
+    def _waited(self) -> dict[str, float]:
+        """How long this process waited for its turn, and how busy it was meanwhile."""
+        wall, busy = time.perf_counter() - self._went_quiet[0], time.process_time() - self._went_quiet[1]
+        return {"waited_seconds": wall, "waited_cpu_seconds": busy}
+
+    def _metered(self, work: Callable[[], Timings]) -> tuple[Timings, dict[str, float | None]]:
+        """What a piece of work comes to, and what it cost."""
         self._joules()
         cpu, start = time.process_time(), time.perf_counter()
-        samples = timed(self._call, calls)
-        spent = {
+        found = work()
+        return found, {
             "joules": self._joules(),
             "seconds": time.perf_counter() - start,
             "cpu_seconds": time.process_time() - cpu,
         }
-        return {"samples_ms": samples, "waited_seconds": wall, "waited_cpu_seconds": busy, **spent}
+
+    def open_writer(self) -> dict[str, Any]:
+        """Get ready to write text, where what was loaded can, and say how long a text may be."""
+        loaded = self._subject()
+        require_text(loaded.task)
+        if loaded.stand_in is not None:
+            raise BackendUnavailable(f"What runs here is {loaded.stand_in}, whose times say nothing of the program.")
+        start = time.perf_counter()
+        self._decoder = loaded.runner.decoder()
+        self._load_ms += (time.perf_counter() - start) * 1e3
+        return {"max_length": loaded.max_length}
+
+    def prepare_texts(
+        self, vocabulary: int, shape: dict[str, int], seed: int, warm_up_seconds: float, tolerance: float
+    ) -> dict[str, Any]:
+        """Write texts of this shape until warm; the first token of the first ends the cold start."""
+        if self._decoder is None:
+            raise RuntimeError("prepare_texts before open_writer")
+        self._writer = TimedWriter(self._decoder, TextShape(**shape), vocabulary, seed)
+        first_ms = self._writer.write().first_ms
+        with garbage_left_alone():
+            settled, last = self._writer.warm_up(warm_up_seconds, tolerance)
+        return {
+            "cold_start_ms": self._load_ms + first_ms,
+            "settled": settled,
+            "typical_ms": last.total_ms,
+            "cache_bytes": self._writer.cache_bytes(),
+        }
+
+    def write_round(self, texts: int) -> dict[str, Any]:
+        """Time that many batches of texts."""
+        writer = self._writer
+        if writer is None:
+            raise RuntimeError("write_round before prepare_texts")
+        waited = self._waited()
+        writer.wake()
+        with garbage_left_alone():
+            times, spent = self._metered(lambda: [writer.write() for _ in range(texts)])
+        steps = [step for each in times for step in each.steps_ms]
+        return {"first_ms": [each.first_ms for each in times], "steps_ms": steps, **waited, **spent}
 
     def scenario(self, folder: str, **load: Any) -> dict[str, Any]:
         """One LoadGen test of the prepared call; its logs go to a folder of the one that asks."""
-        from .loadgen import Load, run_loadgen
+        from .loadgen import run_loadgen
+        from .loadgen_log import Load
 
+        call = self._writer.write if self._writer is not None else self._call
         with garbage_left_alone():
-            return run_loadgen(self._call, Load(**load), Path(folder)).model_dump()
+            return run_loadgen(call, Load(**load), Path(folder)).model_dump()
+
+    def _subject(self) -> _Loaded:
+        if self._loaded is None:
+            raise RuntimeError("nothing was loaded yet")
+        return self._loaded
 
     def end(self) -> dict[str, Any]:
         """What is known at the end: the memory's peak, what is private to the process now and how much of that came

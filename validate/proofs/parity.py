@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ...errors import InputError
-from ...exporters.artifact import CheckRecord
+from ...exporters.artifact import CacheFacts, CheckRecord
 from ...exporters.settings import Precision
 from ...models.batching import Batch
 
@@ -31,6 +31,15 @@ differs by the order of summation alone (1e-6 is usual), tf32, float16 and bfloa
 product; int8 and fp8 by a rounding of every activation and int4 by a coarse one of every weight, so their parity only
 rules out a broken program: what it costs in quality is for validation to say."""
 
+CACHE_TOLERANCES = {"f16": 2e-2, "bf16": 8e-2, "u8": 8e-2}
+"""The same of what a program keeps keys and values in, where that is coarser than its arithmetic."""
+
+
+def tolerance_of(precision: Precision, cache: CacheFacts | None = None) -> float:
+    """The largest difference that a precision and that of a program's cache explain."""
+    kept = 0.0 if cache is None else CACHE_TOLERANCES.get(cache.precision, 0.0)
+    return max(TOLERANCES[precision], kept)
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -45,11 +54,15 @@ class Difference:
 
 
 def check_parity(
-    program: Run, reference: Run, probes: Iterable[tuple[str, Batch]], precision: Precision
+    program: Run,
+    reference: Run,
+    probes: Iterable[tuple[str, Batch]],
+    precision: Precision,
+    cache: CacheFacts | None = None,
 ) -> CheckRecord:
     """Run both on every probe. A shape that the program refuses is a failure: it was baked in."""
     rows: list[Difference] = []
-    tolerance = TOLERANCES[precision]
+    tolerance = tolerance_of(precision, cache)
     known = [(shape, batch, reference(batch)) for shape, batch in probes]
     # Of all shapes together: one text's output may happen to be near zero, and rounding is no smaller there.
     scales = _largest(known)

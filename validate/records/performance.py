@@ -1,5 +1,5 @@
-"""What the report keeps of speed: calls one after the other (`Latency`), MLPerf's scenarios (`Scenario`), and how far
-the machine's noise reaches (`Noise`)."""
+"""What the report keeps of speed: calls one after the other (`Latency`), texts that are written (`Generation`),
+MLPerf's scenarios (`Scenario`), and how far the machine's noise reaches (`Noise`)."""
 
 from __future__ import annotations
 
@@ -52,6 +52,56 @@ class Latency(_Record):
         return self
 
 
+class TokenTimes(_Record):
+    """How long tokens took, in milliseconds; `speedup` is the baseline's median over this one's, with the ends of its
+    95 % interval."""
+
+    samples: int = Field(ge=1)
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+
+
+class Generation(_Record):
+    """How fast text was written, for one batch size and prompt length: `new_tokens` after each prompt, greedily, with a
+    cache of keys and values. `ttft` is the time to the first token of a batch, its prompts read; `tpot` the time per
+    output token after it, a step of the whole batch each. `tokens_per_second` are those of all texts of a batch
+    together, after the first token; `cache_bytes` is what is kept of them in the end. The other fields are those of
+    `Latency`."""
+
+    batch_size: int = Field(ge=1)
+    prompt_tokens: int = Field(ge=1)
+    new_tokens: int = Field(ge=2)
+    threads: int = Field(ge=0)
+    rounds: int = Field(ge=0)
+    ttft: TokenTimes
+    tpot: TokenTimes
+    tokens_per_second: float
+    cache_bytes: int = Field(ge=0)
+    properties: dict[str, str] = {}
+    settled: bool = True
+    cpus: list[int] = []
+
+
+class ScenarioTokens(_Record):
+    """LoadGen's token latencies. `ttft_ms` and `tpot_ms` are percentiles as measured (`"99"`: milliseconds) of the time
+    to first token, waiting included, and of the mean time per output token of a text; Offline has none.
+    `..._early_stopping_ms` are SingleStream's estimates, as in `Scenario`; the bounds are the server's, for 99 %."""
+
+    new_tokens: int = Field(ge=2)
+    per_second: float
+    """New tokens of all texts, their prompts' time included."""
+    ttft_ms: dict[str, float] = {}
+    tpot_ms: dict[str, float] = {}
+    ttft_early_stopping_ms: float | None = None
+    tpot_early_stopping_ms: float | None = None
+    ttft_bound_ms: float | None = None
+    tpot_bound_ms: float | None = None
+
+
 class Scenario(_Record):
     """One test of MLPerf's LoadGen, in MLPerf's terms: a *sample* is one sequence, a *query* what is asked at once.
 
@@ -76,6 +126,8 @@ class Scenario(_Record):
     early_stopping_ms: float | None = None
     target_qps: float | None = None
     latency_bound_ms: float | None = None
+    tokens: ScenarioTokens | None = None
+    """Where a sample is a text that is written: `sequence_length` is its prompt's then."""
     searched: bool = False
     """Whether `target_qps` was found by limbeck as the highest that is valid, and not given."""
     loadgen: str = ""

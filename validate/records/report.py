@@ -20,17 +20,17 @@ from ...errors import InputError
 from ...files import read_json, write_json
 from ...models.lineage import Curve, LayerSimilarity, LayerWidths, Step
 from .gate import REFERENCE_WORDS, Gate, GateResult, Verdict, exact_number
-from .performance import Latency, Noise, Scenario
+from .performance import Generation, Latency, Noise, Scenario
 from .profile import Baseline
 from .waypoints import Loss, Parity, Point
 
 SCHEMA_VERSION: Final = 1
 REPORT_FILE = "report.json"
 
-__all__ = ["REFERENCE_WORDS", "Candidate", "ChangedExample", "Check", "Curve", "Gate", "GateResult", "Latency",
-           "LayerSimilarity", "LayerWidths", "Loss", "Matrix", "Metric", "Noise", "Parity", "Point", "ReliabilityBin",
-           "Report", "Scenario", "Slice", "Step", "Temperature", "Verdict", "Waypoint", "exact_number", "load_report",
-           "save_report"]  # fmt: skip
+__all__ = ["REFERENCE_WORDS", "Candidate", "ChangedExample", "Check", "Curve", "Gate", "GateResult", "Generation",
+           "Latency", "LayerSimilarity", "LayerWidths", "Loss", "Matrix", "Metric", "Noise", "Parity", "Point",
+           "ReliabilityBin", "Report", "Scenario", "Slice", "Step", "Temperature", "Verdict", "Waypoint",
+           "exact_number", "load_report", "save_report"]  # fmt: skip
 
 SliceKind = Literal[
     "file", "column", "length", "position", "perturbed", "invariance", "counterfactual", "bias", "prompts"
@@ -234,6 +234,8 @@ class Candidate(_Growing):
     metrics: list[Metric] = []
     checks: list[Check] = []
     latencies: list[Latency] = []
+    generations: list[Generation] = []
+    """How fast it writes text, a record a batch size and prompt length."""
     scenarios: list[Scenario] = []
     reliability: list[ReliabilityBin] = []
     temperature: Temperature | None = None

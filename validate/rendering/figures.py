@@ -18,7 +18,17 @@ VERDICT_WORDS: dict[Verdict | None, str] = {
 _WORST_FIRST: tuple[Verdict, ...] = ("fail", "inconclusive", "pass")
 _QUALITY = ("spearman", "accuracy", "f1", "pearson", "perplexity")
 _AGREEMENT = ("cosine_mean", "flip_rate")
-_TITLES = {"ece": "ECE", "peak_memory_mb": "Peak memory", "energy_mj": "Energy"}
+_TITLES = {
+    "ece": "ECE",
+    "peak_memory_mb": "Peak memory",
+    "energy_mj": "Energy",
+    "ttft_p50_ms": "First token",
+    "tpot_p50_ms": "Per token",
+    "tpot_speedup_p50": "Speed-up per token",
+    "tokens_per_second": "Tokens",
+}
+_OF_TOKENS = ("ttft_p50_ms", "tpot_p50_ms", "tpot_speedup_p50", "tokens_per_second")
+"""Metrics of text that was written under a stopwatch which have a column, at the first shape."""
 _DIGITS = 3
 _BYTES_PER_MB = 1_000_000
 
@@ -101,7 +111,8 @@ def _is_agreement(name: str) -> bool:
 
 
 def columns(report: Report) -> list[Column]:
-    """The figures that decide, one column each: quality, what was kept of it, agreement, time, size, memory, energy.
+    """The figures that decide, one column each: quality, what was kept of it, agreement, time, tokens, size, memory,
+    energy.
     A column that nobody has a figure for is left out. Rows are `report.measured`."""
     rows = report.measured
     decisive = (_is_quality(report), _is_kept, _is_agreement, "ece".__eq__)
@@ -110,6 +121,7 @@ def columns(report: Report) -> list[Column]:
         _latency_column(rows, "p50"),
         _latency_column(rows, "p99"),
         _speedup_column(rows),
+        *_metric_columns(rows, [name.__eq__ for name in _OF_TOKENS]),
         _size_column(rows),
         *_metric_columns(rows, ("peak_memory_mb".__eq__, "energy_mj".__eq__)),
     ]

@@ -28,7 +28,16 @@ from .figures import (
     worst_first,
 )
 from .pages import page_environment
-from .performance import SCENARIO_HEADINGS, remarks, scenario_rows
+from .performance import (
+    GENERATION_HEADINGS,
+    SCENARIO_HEADINGS,
+    TOKEN_HEADINGS,
+    generation_note,
+    generation_rows,
+    remarks,
+    scenario_rows,
+    token_rows,
+)
 from .program_layers import legend, programs
 from .slices import changed_examples, slice_map
 from .stages import stages
@@ -46,8 +55,13 @@ def render_html(report: Report) -> str:
         summary=summary(report),
         columns=columns(report),
         latency_panels=list(_latency_panels(report)),
+        generation_headings=GENERATION_HEADINGS,
+        generation_note=generation_note(report),
+        generations=generation_rows(report),
         scenario_headings=SCENARIO_HEADINGS,
         scenarios=scenario_rows(report),
+        token_headings=TOKEN_HEADINGS,
+        tokens=token_rows(report),
         remarks=remarks(report),
         trade_off=trade_off(report),
         reliability_panels=list(_reliability_panels(report)),

@@ -13,7 +13,15 @@ from ..records.report import GateResult, Report, Verdict, short_number
 from .attribution import attribution_table
 from .changes import alone, cells, diff_summary, diff_verdict, equal_text, unequal
 from .figures import VERDICT_WORDS, Column, columns, plain, summary, worst_first
-from .performance import SCENARIO_HEADINGS, remarks, scenario_rows
+from .performance import (
+    GENERATION_HEADINGS,
+    SCENARIO_HEADINGS,
+    TOKEN_HEADINGS,
+    generation_rows,
+    remarks,
+    scenario_rows,
+    token_rows,
+)
 from .slices import slice_tables
 from .stages import stage_table
 from .training import ends, likeness
@@ -34,7 +42,9 @@ def render_markdown(report: Report) -> str:
         _gates(report.gates),
         _failed_checks(report),
         *(f"> **Note:** {_escape(note)}" for note in [*report.notes, *remarks(report)]),
-        _folded("MLPerf scenarios", _scenarios(report)),
+        _folded("Written text", _rows(GENERATION_HEADINGS, generation_rows(report), 1)),
+        _folded("MLPerf scenarios", _rows(SCENARIO_HEADINGS, scenario_rows(report), 3)),
+        _folded("MLPerf scenarios: tokens", _rows(TOKEN_HEADINGS, token_rows(report), 2)),
         *(f"### {t.title}\n\n{_table(t.headings, t.rows, numbers_from=2)}" for t in stage_table(report, _escape)),
         *(f"### {t.title}\n\n{_table(t.headings, t.rows, numbers_from=3)}" for t in attribution_table(report, _escape)),
         *(_folded(t.title, _table(t.headings, t.rows, numbers_from=9)) for t in slice_tables(report, _escape)),
@@ -106,9 +116,9 @@ def _verdicts(gates: Sequence[GateResult]) -> str:
     return _table(["Verdict", "Gate", "Candidate", "Found"], rows, numbers_from=4)
 
 
-def _scenarios(report: Report) -> str:
-    rows = [[_escape(cell) for cell in row] for row in scenario_rows(report)]
-    return _table(SCENARIO_HEADINGS, rows, numbers_from=3) if rows else ""
+def _rows(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int) -> str:
+    """A table of plain cells, or nothing where there are none."""
+    return _table(headings, [[_escape(cell) for cell in row] for row in rows], numbers_from) if rows else ""
 
 
 def _failed_checks(report: Report) -> str:

@@ -4,6 +4,7 @@ changed between two."""
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -15,7 +16,16 @@ from ..records.report import Candidate, GateResult, Report, Verdict
 from .attribution import attribution
 from .changes import alone, cells, diff_summary, diff_verdict, equal_text, unequal
 from .figures import VERDICT_WORDS, Column, columns, summary, worst_first
-from .performance import SCENARIO_HEADINGS, remarks, scenario_rows
+from .performance import (
+    GENERATION_HEADINGS,
+    SCENARIO_HEADINGS,
+    TOKEN_HEADINGS,
+    generation_note,
+    generation_rows,
+    remarks,
+    scenario_rows,
+    token_rows,
+)
 from .slices import worst_slice
 from .stages import TITLE, stages
 
@@ -38,8 +48,12 @@ def render_table(report: Report) -> RenderableType:
     """What `limbeck validate`, `bench` and `gate` print. The verdict is coloured, and a word as well. Text from the
     report is never read as rich markup, nor as a terminal's control codes."""
     parts: list[RenderableType] = [_Candidates(report)] if report.measured else []
+    if written := generation_rows(report):
+        parts += [_figures("Written text", GENERATION_HEADINGS, written, 1), _text(generation_note(report), "dim")]
     if any(candidate.scenarios for candidate in report.measured):
         parts += _scenarios(report)
+    if tokens := token_rows(report):
+        parts.append(_figures("MLPerf scenarios: tokens", TOKEN_HEADINGS, tokens, 2))
     parts += [_text(remark, "dim") for remark in remarks(report)]
     parts += _stages(report)
     parts += _steps(report)
@@ -119,6 +133,15 @@ def _name(report: Report, candidate: Candidate) -> Text:
 def _cell(column: Column, index: int) -> Text:
     figure = column.figures[index]
     return Text("–", style="dim") if figure is None else Text(figure.text)
+
+
+def _figures(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, overflow="fold", justify="right" if index >= numbers_from else "left")
+    for row in rows:
+        table.add_row(*map(_text, row))
+    return table
 
 
 def _scenarios(report: Report) -> list[RenderableType]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from limbeck.validate.performance.loadgen import Load, LoadGenInterrupted, Outcome, read_outcome, run_loadgen
+from limbeck.validate.performance.loadgen import run_loadgen
+from limbeck.validate.performance.loadgen_log import Load, LoadGenInterrupted, Outcome, Texts, read_outcome
 
 CALL_SECONDS = 0.001
 SINGLE_STREAM = Load(scenario="single_stream", batch_size=1, seconds=0.4, typical_ms=1.2)
@@ -141,3 +144,81 @@ def test_an_error_of_loadgen_is_told(log: tuple[Path, Outcome], tmp_path: Path) 
     broken.write_text(log[0].read_text(encoding="utf-8") + line, encoding="utf-8")
     with pytest.raises(LoadGenInterrupted, match="LoadGen reports an error: error_runtime, no samples"):
         read_outcome(broken, SINGLE_STREAM)
+
+
+# --- texts ---------------------------------------------------------------------------------------------------------
+
+TEXTS = Texts(new_tokens=5)
+TEXT_SECONDS = 0.004
+
+
+class Writes:
+    """Writes a text of 5 tokens: the first after 2 ms, the others within 2 more; fails from the one numbered `failing`
+    on, after its first token or before it."""
+
+    def __init__(self, failing: int | None = None, early: bool = False) -> None:
+        self.count = 0
+        self._failing, self._early = failing, early
+
+    def __call__(self, first_token: Callable[[], object]) -> None:
+        self.count += 1
+        fails = self._failing is not None and self.count >= self._failing
+        if fails and self._early:
+            raise ValueError("the device is gone")
+        time.sleep(TEXT_SECONDS / 2)
+        first_token()
+        if fails:
+            raise ValueError("the device is gone")
+        time.sleep(TEXT_SECONDS / 2)
+
+
+def of_texts(load: Load, **fields: object) -> Load:
+    return load.model_copy(
+        update={"typical_ms": TEXT_SECONDS * 1e3, "latency_bound_ms": None, "texts": TEXTS, **fields}
+    )
+
+
+def test_single_stream_times_first_tokens_and_those_after_them(tmp_path: Path) -> None:
+    writes = Writes()
+    found = run_loadgen(writes, of_texts(SINGLE_STREAM, seconds=0.6), tmp_path)
+    tokens = found.tokens
+    assert tokens is not None and tokens.new_tokens == 5 and writes.count == found.queries
+    assert TEXT_SECONDS * 1e3 / 2 <= tokens.ttft_ms["50"] <= tokens.ttft_ms["99"] < found.percentiles_ms["99.9"]
+    assert tokens.tpot_ms["50"] >= TEXT_SECONDS * 1e3 / 2 / 4, "four tokens in the second half"
+    assert 0 < tokens.per_second <= 5 / TEXT_SECONDS
+    assert found.early_stopping_ms is None, "LoadGen's estimate is of first tokens then"
+    if found.queries >= 64:
+        assert tokens.ttft_early_stopping_ms is not None and tokens.tpot_early_stopping_ms is not None
+        assert tokens.ttft_early_stopping_ms >= tokens.ttft_ms["90"]
+        assert tokens.tpot_early_stopping_ms >= tokens.tpot_ms["90"]
+
+
+def test_offline_has_a_rate_of_tokens_alone(tmp_path: Path) -> None:
+    load = of_texts(Load(scenario="offline", batch_size=4, seconds=0.3, typical_ms=1))
+    found = run_loadgen(Writes(), load, tmp_path)
+    assert found.tokens is not None and found.tokens.ttft_ms == found.tokens.tpot_ms == {}
+    assert found.tokens.per_second == pytest.approx(5 * found.samples_per_second, rel=0.01)
+
+
+def test_a_server_of_texts_is_held_to_bounds_on_tokens(tmp_path: Path) -> None:
+    verdicts = {}
+    for name, bounds in (("held", (1_000, 1_000)), ("first", (1, None)), ("later", (None, 0.1))):
+        (tmp_path / name).mkdir()
+        texts = Texts(new_tokens=5, ttft_bound_ms=bounds[0], tpot_bound_ms=bounds[1])
+        verdicts[name] = run_loadgen(Writes(), of_texts(SERVER, target_qps=60.0, texts=texts), tmp_path / name)
+    assert verdicts["held"].validity == "undecided" and "LoadGen wants at least" in verdicts["held"].reason
+    assert verdicts["first"].validity == verdicts["later"].validity == "invalid"
+    assert re.fullmatch(r"the first token of a text took up to \S+ ms in 99 % of texts, over the bound of 1 ms",
+                        verdicts["first"].reason)  # fmt: skip
+    assert verdicts["later"].reason.startswith("a token after it took up to ")
+    tokens = verdicts["later"].tokens
+    assert tokens is not None and (tokens.ttft_bound_ms, tokens.tpot_bound_ms) == (None, 0.1)
+
+
+@pytest.mark.parametrize("load", [SINGLE_STREAM, SERVER], ids=lambda load: load.scenario)
+@pytest.mark.parametrize("early", [True, False])
+def test_a_text_that_fails_ends_the_test_with_what_it_raised(load: Load, early: bool, tmp_path: Path) -> None:
+    writes = Writes(failing=5, early=early)
+    with pytest.raises(ValueError, match="the device is gone"):
+        run_loadgen(writes, of_texts(load), tmp_path)
+    assert writes.count == 5

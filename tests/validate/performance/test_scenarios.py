@@ -9,16 +9,18 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from limbeck.errors import UsageError
 from limbeck.validate.gates.applying import Gate, apply_gates
 from limbeck.validate.performance.latency import BenchSettings, BenchSubject
-from limbeck.validate.performance.loadgen import Outcome
+from limbeck.validate.performance.loadgen_log import Outcome
 from limbeck.validate.performance.metrics import with_scenarios
 from limbeck.validate.performance.scenarios import ScenarioSettings, run_scenarios, search
 from limbeck.validate.performance.worker_process import WorkerDied
+from limbeck.validate.performance.writing import TextShape
 from limbeck.validate.records.performance import Scenario
 from limbeck.validate.records.report import Candidate, Report
 
@@ -91,14 +93,60 @@ def test_a_loadgen_that_is_interrupted_is_told_and_leaves_nothing(
     assert children() == before
 
 
+# --- texts ---------------------------------------------------------------------------------------------------------
+
+
+def test_scenarios_of_texts_have_times_of_tokens(tiny_checkpoint: Callable[..., Path]) -> None:
+    model = tiny_checkpoint("llama", "text-generation")
+    subject = BenchSubject(name="writer", path=model, kind="checkpoint", task="text-generation")
+    settings = ScenarioSettings(
+        scenario=("single_stream", "offline", "server"), duration=0.3, target_qps=5, ttft_bound_ms=5_000
+    )
+    texts = TextShape(batch_size=2, prompt_tokens=6, new_tokens=4)
+    single, offline, server = run_scenarios(subject, settings, TIMING, texts=texts)
+    for each in (single, offline, server):
+        assert (each.batch_size, each.sequence_length) == (2, 6)
+        assert each.tokens is not None and each.tokens.new_tokens == 4 and each.tokens.per_second > 0
+    assert server.tokens is not None and server.tokens.ttft_bound_ms == 5_000 and server.latency_bound_ms is None
+    assert single.tokens is not None and single.tokens.ttft_bound_ms is None
+    bare = Candidate(name="writer", kind="checkpoint", backend="torch", precision="fp32", path="writer")
+    metrics = {metric.name: metric for metric in with_scenarios(bare, [single, offline, server]).metrics}
+    assert list(metrics) == [
+        "single_stream_ttft_p90_ms", "single_stream_tpot_p90_ms", "single_stream_tokens_per_second",
+        "offline_tokens_per_second", "server_ttft_p99_ms", "server_tpot_p99_ms", "server_queries_per_second",
+        "server_tokens_per_second",
+    ]  # fmt: skip
+    assert metrics["server_tpot_p99_ms"].value == server.tokens.tpot_ms["99"]
+    assert "at 5 queries a second, batch 2, 4 tokens after prompts of 6" in metrics["server_ttft_p99_ms"].description
+
+
 # --- settings ------------------------------------------------------------------------------------------------------
 
 
 def test_a_server_needs_a_bound_and_nothing_else_takes_one() -> None:
     with pytest.raises(UsageError, match="server scenario needs a bound"):
-        ScenarioSettings(scenario=("server",), target_qps=5)
+        ScenarioSettings(scenario=("server",), target_qps=5).check(writes=False)
     with pytest.raises(UsageError, match="the server scenario's, which was not asked for"):
         ScenarioSettings(scenario=("offline",), latency_bound_ms=5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "writes", "said"),
+    [
+        ({"scenario": ("server",)}, True, "needs a bound on its first tokens"),
+        ({"scenario": ("server",), "latency_bound_ms": 5}, True, "--latency-bound-ms is for single calls"),
+        ({"scenario": ("server",), "latency_bound_ms": 5, "tpot_bound_ms": 5}, False, "is for texts that are written"),
+        ({"scenario": ("multi_stream",)}, True, "MultiStream is for queries that are answered at once"),
+    ],
+)
+def test_bounds_and_scenarios_that_are_of_the_other_kind(fields: dict[str, Any], writes: bool, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        ScenarioSettings(**fields).check(writes)
+
+
+def test_a_server_of_texts_needs_one_bound_and_may_have_both() -> None:
+    for bounds in ({"ttft_bound_ms": 200}, {"tpot_bound_ms": 20}, {"ttft_bound_ms": 200, "tpot_bound_ms": 20}):
+        ScenarioSettings(scenario=("server", "offline"), **bounds).check(writes=True)
 
 
 # --- search --------------------------------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from limbeck.validate.records.performance import Latency, Noise, Scenario
-from limbeck.validate.records.report import Candidate, Report
+from limbeck.validate.records.performance import Generation, Latency, Noise, Scenario, ScenarioTokens, TokenTimes
+from limbeck.validate.records.report import Candidate, Metric, Report
 from limbeck.validate.rendering import render_html, render_markdown, render_table
-from limbeck.validate.rendering.performance import remarks, scenario_rows
+from limbeck.validate.rendering.performance import generation_rows, remarks, scenario_rows, token_rows
 
 EVIL = "<script>alert(1)</script>|[red]\x1b[31m"
 
@@ -64,6 +64,53 @@ def test_a_valid_and_a_searched_scenario_say_so() -> None:
     assert rows[0] == ("quick", "Server, 200 queries a second (searched), bound 10.0 ms", "VALID", "4.00", "8.00",
                        "12.0", "199")  # fmt: skip
     assert rows[1] == ("quick", "Offline", "VALID", "–", "–", "–", "199")
+
+
+def generation(speedup: float | None = 2.5, **fields: Any) -> Generation:
+    """A batch of 8 after prompts of 256."""
+    ttft = TokenTimes(samples=10, p50_ms=600.0, p90_ms=650.0, p99_ms=700.0, speedup=speedup)
+    tpot = TokenTimes(samples=310, p50_ms=9.3, p90_ms=9.9, p99_ms=12.0, speedup=speedup)
+    given = {"batch_size": 8, "prompt_tokens": 256, "new_tokens": 32, "threads": 2, "rounds": 10, "ttft": ttft,
+             "tpot": tpot, "tokens_per_second": 860.2, "cache_bytes": 23_511_040}  # fmt: skip
+    return Generation.model_validate({**given, **fields})
+
+
+def test_written_text_stands_in_every_rendering() -> None:
+    found = report(candidate("writer", generations=[generation(), generation(None, batch_size=1)]))
+    assert generation_rows(found) == [
+        ("writer", "8 × 256", "600 (700)", "2.50×", "9.30 (12.0)", "2.50×", "860", "23.5 MB"),
+        ("writer", "1 × 256", "600 (700)", "–", "9.30 (12.0)", "–", "860", "23.5 MB"),
+    ]
+    for words in renderings(found):
+        assert "Written text" in words and "8 × 256" in words and "600 (700)" in words and "23.5 MB" in words
+    assert "32 tokens were written after every prompt, greedily, with 2 threads" in unescape(render_html(found))
+
+
+def test_token_latencies_of_a_scenario_stand_in_every_rendering() -> None:
+    tokens = ScenarioTokens(new_tokens=32, per_second=1234.5, ttft_ms={"50": 11.0, "90": 22.0, "99": 333.0},
+                            tpot_ms={"50": 1.5, "90": 2.5, "99": 3.5}, ttft_bound_ms=300, tpot_bound_ms=20)  # fmt: skip
+    found = report(candidate("writer", scenarios=[scenario(latency_bound_ms=None, tokens=tokens)]))
+    asked = "Server, 200 queries a second, first token within 300 ms, each after it within 20.0 ms"
+    assert scenario_rows(found)[0][1] == asked
+    assert token_rows(found) == [("writer", "Server", "11.0", "22.0", "333", "1.50", "2.50", "3.50", "1,234")]
+    for words in renderings(found):
+        assert asked in words and "MLPerf scenarios: tokens" in words and "333" in words
+
+
+def test_a_report_without_texts_has_no_tables_of_them() -> None:
+    for words in renderings(report(timed("small", None).model_copy(update={"scenarios": [scenario()]}))):
+        assert "Written text" not in words and "MLPerf scenarios: tokens" not in words
+
+
+def test_a_speed_up_per_token_within_the_noise_is_said_to_be_so() -> None:
+    ratio = Metric(name="tpot_speedup_p50", value=1.1, low=1.02, high=1.2, higher_is_better=True, description="")
+    unsettled = candidate("writer", generations=[generation(settled=False)], metrics=[ratio])
+    found = report(unsettled, noise=Noise(subject="teacher", ratio=1.05, low=0.95, high=1.1, rounds=5))
+    assert remarks(found) == [
+        "Not settled when timed: writer. Times may be of a warm-up.",
+        "Noise: teacher timed against itself gave a ratio of 1.05 (95% interval 0.950 to 1.10).",
+        "The speed-up of writer per token, 1.10, is within the noise.",
+    ]
 
 
 def test_text_of_scenarios_and_remarks_stays_text() -> None:
