@@ -161,8 +161,8 @@ def _gpus(report: Report) -> list[str]:
 
 
 def _threads(report: Report) -> list[int]:
-    timed = (each for item in report.measured for each in (*item.latencies, *item.generations))
-    return sorted({each.threads for each in timed})
+    calls = {each.threads for item in report.measured for each in item.latencies}
+    return sorted(calls | {each.threads for item in report.measured for each in item.generations})
 
 
 def _listed(values: Iterable[object]) -> str:

@@ -330,7 +330,7 @@ def samples_of(rounds: Sequence[Mapping[str, Any]], name: str) -> Samples:
     return np.array([answer[name] for answer in rounds], dtype=np.float64)
 
 
-def cpu_shares(rounds: Sequence[Mapping[str, Any]], alone: bool) -> dict[str, float]:
+def cpu_shares(rounds: Sequence[Mapping[str, Any]], alone: bool) -> dict[str, Any]:
     """How busy a worker was while others were timed, and while it was timed itself."""
     idle = 0.0 if alone else _total(rounds, "waited_cpu_seconds") / max(_total(rounds, "waited_seconds"), 1e-9)
     busy = _total(rounds, "cpu_seconds") / max(_total(rounds, "seconds"), 1e-9)

@@ -100,7 +100,8 @@ def remarks(report: Report) -> list[str]:
     unsettled = [
         candidate.name
         for candidate in report.measured
-        if not all(each.settled for each in (*candidate.latencies, *candidate.generations))
+        if not all(each.settled for each in candidate.latencies)
+        or not all(each.settled for each in candidate.generations)
     ]
     found = [f"Not settled when timed: {', '.join(unsettled)}. Times may be of a warm-up."] if unsettled else []
     if report.noise is not None:
