@@ -165,25 +165,23 @@ class ModuleRunner(Runner):
 
 
 class _CompiledDecoder(EagerDecoder):
-    """Prompts are read by the model as it is; for single tokens it is compiled, once for one text and once for more.
-    What is kept lies in one piece, or it would be compiled again where the first step's cache lies otherwise."""
+    """Prompts, and whatever else is read in pieces, are read by the model as it is; for single tokens it is compiled,
+    once for one text and once for more. What is kept lies in one piece, or it would be compiled again where a prompt
+    left it otherwise."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self._compiled = torch.compile(model, dynamic=True)
 
-    def start(self, rows: int) -> None:
-        super().start(rows)
-        self._forward = self._model
-
     @torch.inference_mode()
     def step(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        goes_on = ids.shape[1] == 1 < mask.shape[1]
+        self._forward = self._compiled if goes_on else self._model
         with compiler_named():
             logits = super().step(ids, mask, positions)
-        if self._forward is self._model:
+        if not goes_on:
             for layer in self._cache.layers:
                 layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
-            self._forward = self._compiled
         return logits
 
 
