@@ -112,6 +112,38 @@ def test_what_is_kept_is_what_the_manifest_says(
     assert writer.decoder.cache_bytes() == 2 * read * facts.values_per_token * 4
 
 
+def test_half_a_precision_keeps_half_as_much(
+    tiny_checkpoint: TinyCheckpoint, artifacts: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    checkpoint = loaded("llama", tiny_checkpoint)
+    manifest = export(checkpoint, ExportSettings(backend="onnx", precision="fp16"), tmp_path / "half")
+    assert manifest.cache is not None and manifest.cache.precision == "f16"
+    kept = []
+    for folder in (tmp_path / "half", artifacts("llama", "onnx")):
+        writer = writer_of(folder, checkpoint)
+        assert len(written(writer, prompts_of(checkpoint)[:1], WritingSettings(max_new_tokens=3))[0]) == 3
+        kept.append(writer.decoder.cache_bytes())
+    assert kept[1] == 2 * kept[0] > 0
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_more_than_a_program_was_exported_for_is_refused(
+    backend: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """The graph itself would answer something: it has no bounds."""
+    checkpoint = loaded("llama", tiny_checkpoint)
+    export(checkpoint, ExportSettings(backend=backend, shapes=ShapeRange(max_sequence=32)), tmp_path / "short")
+    runner, manifest = load_runner(tmp_path / "short", threads=1)
+    assert manifest.max_length == 32 < checkpoint.max_length
+    ids = torch.full((1, 33), 7)
+    with pytest.raises(InputError, match=r"takes sequences of 1 to 32 tokens, not of 33") as refused:
+        runner({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert "--sequence" in str(refused.value.hint)
+    writer = Writer(runner.decoder(), checkpoint.tokenizer, manifest.max_length)
+    with pytest.raises(InputError, match=r"prompt of 30 tokens and 3 new ones is longer than the 32"):
+        next(writer.write([[7] * 30], WritingSettings(max_new_tokens=3)))
+
+
 def test_layers_and_heads_that_were_cut_write_too(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     whole = loaded("llama", tiny_checkpoint)
     heads = [HeadSelection(torch.tensor([0, 1]), torch.tensor([0])), HeadSelection(torch.arange(4), torch.arange(2))]

@@ -74,6 +74,36 @@ def test_tasks_and_text_are_gated_and_a_baseline_is_left(
     assert baseline.teacher.texts.tokens.count == 8 and baseline.teacher.negative_log_likelihood is not None
 
 
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_how_far_it_is_from_its_teacher_is_gated(
+    backend: str, artifact: Path, teacher: Path, held_out: Path, tmp_path: Path, limbeck: Limbeck
+) -> None:
+    if backend != "onnx":
+        artifact = tmp_path / "artifact"
+        export(load_checkpoint(teacher), ExportSettings(backend=backend), artifact)
+    gates = tmp_path / "gates.yaml"
+    gates.write_text(
+        "- {metric: next_token_kl, max: 1.0e-6}\n"
+        "- {metric: next_token_kl, slice: 'position 1-*', max: 1.0e-6}\n"
+        "- {metric: generation_identical, min: 0.8}\n"
+        "- {metric: first_divergence, min: 8}\n"
+        "- {metric: first_divergence, min: 40}\n"
+    )
+    options = ("--teacher", teacher, "--data", held_out, "--no-latency", "--slices", "position", "--gates", gates)
+    shown = limbeck("validate", artifact, *options, "--out", tmp_path / "report", "--json")
+    assert shown.code == 1 and "first_divergence of artifact" in shown.err, shown.err
+    report = load_report(tmp_path / "report")
+    assert [result.verdict for result in report.gates] == ["pass", "pass", "pass", "pass", "fail"]
+    candidate = report.candidates[0]
+    kl, agreement = candidate.metric("next_token_kl"), candidate.metric("generation_agreement")
+    assert kl is not None and 0 <= kl.value < 1e-8 and agreement is not None and agreement.value == 1
+    checks = {check.name: check for check in candidate.checks}
+    assert checks["cache"].passed and checks["parity"].passed
+    page = (tmp_path / "report" / "report.html").read_text()
+    for words in ("KL of next tokens", "position 1-", "Generation agreement", "first_divergence", "read whole"):
+        assert words in page, words
+
+
 def test_the_harness_opens_an_artifact_by_its_folder(artifact: Path, teacher: Path) -> None:
     asked = [type("Request", (), {"args": ("The kettle", " whistled")})]
     scores = [LimbeckLM(pretrained=str(folder)).loglikelihood(asked)[0][0] for folder in (artifact, teacher)]

@@ -29,8 +29,7 @@ TOLERANCES: dict[Precision, float] = {
     "native": 3e-2,
 }
 """Largest difference that a program's arithmetic explains, as a share of the largest logit. Both sides are the program
-itself, so it is far less than what parity allows; several times what was measured on gutenberg-llama
-(docs/checks.md)."""
+itself, so it is less than what parity allows: several times what was measured on gutenberg-llama (docs/checks.md)."""
 KEPT_IN = {"u8": 2e-2, "f16": 2e-3, "bf16": 3e-2, "what the runtime chooses": 3e-2}
 """The same of what keys and values are rounded to while they are kept; float32 rounds nothing."""
 Draw = Callable[[int, int], torch.Tensor]

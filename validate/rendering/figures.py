@@ -17,11 +17,12 @@ VERDICT_WORDS: dict[Verdict | None, str] = {
 }
 _WORST_FIRST: tuple[Verdict, ...] = ("fail", "inconclusive", "pass")
 _QUALITY = ("spearman", "accuracy", "f1", "pearson", "perplexity")
-_AGREEMENT = ("cosine_mean", "flip_rate")
+_AGREEMENT = ("cosine_mean", "flip_rate", "next_token_kl")
 _TITLES = {
     "ece": "ECE",
     "peak_memory_mb": "Peak memory",
     "energy_mj": "Energy",
+    "next_token_kl": "KL of next tokens",
     "ttft_p50_ms": "First token",
     "tpot_p50_ms": "Per token",
     "tpot_speedup_p50": "Speed-up per token",
@@ -115,7 +116,7 @@ def columns(report: Report) -> list[Column]:
     energy.
     A column that nobody has a figure for is left out. Rows are `report.measured`."""
     rows = report.measured
-    decisive = (_is_quality(report), _is_kept, _is_agreement, "ece".__eq__)
+    decisive = (_is_quality(report), _is_kept, _is_agreement, "generation_agreement".__eq__, "ece".__eq__)
     found = [
         *_metric_columns(rows, decisive),
         _latency_column(rows, "p50"),
