@@ -186,6 +186,19 @@ def test_a_model_without_a_cache_is_refused_and_can_score(tiny_checkpoint: TinyC
         runner.decoder()
 
 
+def test_a_kit_scores_texts_and_says_that_it_writes_none(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    checkpoint = loaded("llama", tiny_checkpoint)
+    manifest = export(checkpoint, ExportSettings(backend="tensorrt", precision="fp32"), tmp_path / "kit")
+    assert manifest.is_kit and manifest.cache is None and not manifest.settings.kv_cache
+    runner, _ = load_runner(tmp_path / "kit", threads=1)
+    ids = torch.tensor(prompts_of(checkpoint)[:1])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    np.testing.assert_allclose(runner(batch)["logits"], checkpoint.run(batch)["logits"], atol=1e-4)
+    with pytest.raises(UsageError, match="writes no text") as refused:
+        runner.decoder()
+    assert "--backend onnx, openvino" in str(refused.value.hint)
+
+
 def test_sizes_that_are_fixed_are_refused(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     checkpoint = loaded("llama", tiny_checkpoint)
     static = ShapeRange(min_batch=1, max_batch=1, min_sequence=32, max_sequence=32)
