@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..exporters.layer_facts import ProgramFacts
     from ..exporters.options import ExecuTorchOptions
     from ..exporters.program import ExportedProgram, ProgramWeight
+    from ..exporters.settings import ExportSettings
 
 _INSTALL = 'pip install "limbeck[executorch]"'
 _METHOD = "forward"
@@ -167,21 +168,22 @@ class ExecuTorchBackend(Backend):
             return Availability(False, False, "not installed: executorch", _INSTALL)
         return Availability(True, True, facts={"executorch": installed_version("executorch") or "?"})
 
+    def measures_ranges(self, settings: ExportSettings) -> bool:
+        return settings.precision == "int8" and self._options(settings).activations == "static"
+
     def export(self, job: ExportJob, folder: Path) -> ExportedProgram:
         from ..exporters import executorch as exporter
         from ..exporters.executorch_facts import delegation
         from ..exporters.executorch_program import read_program
         from ..exporters.executorch_weights import name_weights
         from ..exporters.onnx import require_calibration
-        from ..exporters.options import ExecuTorchOptions, checked_options
         from ..exporters.program import ExportedProgram
 
-        options = checked_options(ExecuTorchOptions, job.settings.options, self.name)
-        if job.settings.precision == "int8" and options.activations == "static":
+        calibrated = self.measures_ranges(job.settings)
+        if calibrated:
             require_calibration(job.calibration)
-            job.progress("tracing the graph, calibrating int8")
-        else:
-            job.progress("tracing the graph")
+        job.progress("tracing the graph, calibrating int8" if calibrated else "tracing the graph")
+        options = self._options(job.settings)
         exported = exporter.export_program(job.checkpoint, job.settings, options, job.calibration)
         exported.save_pretrained(folder)
         program = read_program(folder / exporter.PROGRAM_FILE)
@@ -223,6 +225,11 @@ class ExecuTorchBackend(Backend):
         shapes = manifest.settings.shapes
         largest = shapes.max_batch, min(shapes.max_sequence, manifest.max_length)
         return executorch_facts(folder / PROGRAM_FILE, WeightNames.load(folder), largest, batch, sequence)
+
+    def _options(self, settings: ExportSettings) -> ExecuTorchOptions:
+        from ..exporters.options import ExecuTorchOptions, checked_options
+
+        return checked_options(ExecuTorchOptions, settings.options, self.name)
 
     def _require(self, what: str) -> None:
         available = self.probe()

@@ -30,23 +30,25 @@ _CHATTER = ("torchao", "torch.utils._pytree", "executorch", "coremltools")
 def export_program(
     checkpoint: Checkpoint,
     settings: ExportSettings,
-    options: ExecuTorchOptions | None = None,
+    options: ExecuTorchOptions,
     calibration: Sequence[Mapping[str, torch.Tensor]] = (),
 ) -> ExportedModel:
     """Trace the checkpoint's module and lower it for XNNPACK, quantised where the precision is `int8`.
 
     Batch and sequence vary within `settings.shapes`; memory is planned for the largest of both.
     """
-    int8, chosen = settings.precision == "int8", options or ExecuTorchOptions()
+    int8, dynamic = settings.precision == "int8", options.activations == "dynamic"
+    if dynamic:  # the graph is run once all the same
+        calibration = [probe_batch(checkpoint, settings.shapes.min_batch, settings.shapes.min_sequence)]
     projections = _linear_projections if int8 else nullcontext
     with quiet_executorch(), failures_named(checkpoint.module), _plain_attention(checkpoint.module), projections():
         try:
-            return _lowered(checkpoint, settings, _quantizer(chosen, calibration) if int8 else None)
+            return _lowered(checkpoint, settings, _quantizer(dynamic, calibration) if int8 else None)
         except AssertionError as error:
-            if not int8 or "dependency cycles" not in str(error):
+            if not (int8 and dynamic) or "dependency cycles" not in str(error):
                 raise
             with _products_apart():
-                return _lowered(checkpoint, settings, _quantizer(chosen, calibration))
+                return _lowered(checkpoint, settings, _quantizer(dynamic, calibration))
 
 
 def _lowered(checkpoint: Checkpoint, settings: ExportSettings, quantizer: Any) -> ExportedModel:
@@ -168,15 +170,16 @@ def _linear_projections() -> Iterator[None]:
     def forward(self: Any, values: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(values, self.weight.T, self.bias)
 
-    original = Conv1D.forward
-    Conv1D.forward = forward
+    kind: Any = Conv1D
+    original = kind.forward
+    kind.forward = forward
     try:
         yield
     finally:
-        Conv1D.forward = original
+        kind.forward = original
 
 
-def _quantizer(options: ExecuTorchOptions, calibration: Sequence[Mapping[str, torch.Tensor]]) -> Any:
+def _quantizer(dynamic: bool, calibration: Sequence[Mapping[str, torch.Tensor]]) -> Any:
     """Linear layers alone: weights in 8 bits with a scale a channel, and what they are multiplied with in 8 bits with a
     scale a token, or one for all that was measured. The residual stream stays float: its range is the widest."""
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
@@ -190,11 +193,9 @@ def _quantizer(options: ExecuTorchOptions, calibration: Sequence[Mapping[str, to
             """Nothing, where the original makes a float tensor of each number, those added to indices included."""
             return model
 
-    dynamic = options.activations == "dynamic"
     config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic)
     annotator = LinearQuantizer().set_operator_type(torch.ops.aten.linear.default, config)
-    rows = calibration[:1] if dynamic else calibration  # it has to be run once all the same
-    return PT2EQuantizer(annotator, calibration_dataset=[dict(batch) for batch in rows])
+    return PT2EQuantizer(annotator, calibration_dataset=[dict(batch) for batch in calibration])
 
 
 def tensor_specs(exported: ExportedModel) -> tuple[list[TensorSpec], list[TensorSpec]]:

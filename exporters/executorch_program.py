@@ -30,7 +30,7 @@ _TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "qint8": "in
 _TRANSPOSED = 1
 """XNNPACK's flag of a product whose weight lies [inputs, outputs]."""
 _NOT_JSON = re.compile(rb"(?<=: )(-?)(inf|nan)\b")
-_FLOATS = {6: np.dtype(np.float32), 5: np.dtype(np.float16)}
+_FLOATS: dict[int, np.dtype[Any]] = {6: np.dtype(np.float32), 5: np.dtype(np.float16)}
 """ExecuTorch's numbers of the types that a parameter may be stored in."""
 
 
@@ -127,7 +127,7 @@ class XnnGraph:
 
     def _scale(self, value: _Value) -> np.ndarray | None:
         if value.scale_buffer is None:
-            return None if value.scale is None else np.float32([value.scale])
+            return None if value.scale is None else np.asarray([value.scale], np.float32)
         raw = self._bytes(value.scale_buffer)
         scales = np.frombuffer(raw or b"", np.float32)
         shape = [1] * len(value.sizes)
