@@ -23,6 +23,8 @@ PACKAGES_OF_RECORD = (
     "openvino-tokenizers",
     "nncf",
     "tensorrt",
+    "executorch",
+    "torchao",
     "numpy",
 )
 _INSTRUCTION_SETS = (

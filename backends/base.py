@@ -159,6 +159,12 @@ class Backend(ABC):
         """
         return
 
+    def measures_ranges(self, settings: ExportSettings) -> bool:
+        """Whether this export sets the ranges of activations by real inputs, and so is refused without."""
+        from ..exporters.settings import CALIBRATED
+
+        return settings.precision in CALIBRATED
+
     @abstractmethod
     def export(self, job: ExportJob, folder: Path) -> ExportedProgram:
         """Write the program's files into an empty folder and say what they are.

@@ -27,6 +27,7 @@ _BUILT_IN = {
     "openvino": ".openvino:OpenVINOBackend",
     "tensorrt": ".tensorrt:TensorRTBackend",
     "torch": ".torch:TorchBackend",
+    "executorch": ".executorch:ExecuTorchBackend",
 }
 
 

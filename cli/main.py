@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -83,6 +84,9 @@ def main(args: list[str] | None = None) -> None:
     # Before torch is loaded: its threads otherwise spin while they wait, which starves the compiled teacher beside them
     # and, on a machine that does anything else, slows training several times over.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # transformers imports torchao where it is installed (ExecuTorch brings it), which warns of GPUs that are not here.
+    for chatty in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     sys.exit(_run(args))
 
 

@@ -24,6 +24,7 @@ _RUNTIMES = {
     "torch-aot": "torch (AOTInductor)",
     "torch-inductor": "torch.compile",
     "torch-eager": "torch",
+    "executorch": "ExecuTorch",
 }
 """Format to what runs it, for those that the template has examples for."""
 _LIBRARIES = {

@@ -60,6 +60,16 @@ class OpenVINOOptions(BackendOptions):
     )
 
 
+class ExecuTorchOptions(BackendOptions):
+    """Options of `--backend executorch`."""
+
+    activations: Literal["dynamic", "static"] = Field(
+        "dynamic",
+        description="Where int8 takes the ranges of activations from: each token as it comes, or calibration, which is "
+        "coarser.",
+    )
+
+
 class ProfileShapes(BaseModel):
     """One range of input sizes that an engine is tuned for; what is left out is as in the export's shapes."""
 

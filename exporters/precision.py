@@ -52,7 +52,7 @@ def half_precision(module: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]
         stack.enter_context(_float32_outputs(module))
         stack.enter_context(_float32_softmax(dtype))
         stack.enter_context(_masks_with_room())
-        for model in _models_with_attention(module):
+        for model in models_with_attention(module):
             stack.enter_context(_float32_attention(model))
         yield module
 
@@ -174,13 +174,13 @@ def _masks_with_room() -> Iterator[None]:
         AttentionMaskInterface.register("eager", additive)
 
 
-def _models_with_attention(module: nn.Module) -> list[Any]:
+def models_with_attention(module: nn.Module) -> list[Any]:
     """The outermost transformers models whose attention function can be chosen by name."""
     from transformers import PreTrainedModel
 
     if isinstance(module, PreTrainedModel):
         return [module] if module._can_set_attn_implementation() else []
-    return [model for child in module.children() for model in _models_with_attention(child)]
+    return [model for child in module.children() for model in models_with_attention(child)]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from ..exporters.inputs import longest, probe_batch, probe_batches, token_stream
 from ..exporters.kv_cache import keeps_cache, require_growing_sizes
 from ..exporters.model_card import write_model_card
 from ..exporters.program import Floor
-from ..exporters.settings import CALIBRATED, QUANTISED, ExportSettings
+from ..exporters.settings import QUANTISED, ExportSettings
 from ..exporters.tokenizer_graph import TextTokens
 from ..files import check_output_folder, files_below, staged_folder, write_json
 from ..models.batching import Batch, Examples, Run, pad
@@ -311,7 +311,7 @@ def _compiled_otherwise(manifest: Manifest, runner: Runner) -> list[str]:
 
 def _few_rows(settings: ExportSettings, rows: int) -> list[str]:
     """What to say of ranges that were measured on next to nothing."""
-    if settings.precision not in CALIBRATED or rows >= _FEW_ROWS:
+    if rows >= _FEW_ROWS or not get_backend(settings.backend).measures_ranges(settings):
         return []
     return [f"{settings.precision} was calibrated on {rows} rows; a few hundred are usual"]
 

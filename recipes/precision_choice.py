@@ -14,7 +14,7 @@ from ..backends.registry import get_backend
 from ..errors import BackendUnavailable, ExportMismatch, InputError, UsageError
 from ..exporters.artifact import Manifest, artifact_size, read_manifest, seal
 from ..exporters.program import Floor
-from ..exporters.settings import CALIBRATED, ExportSettings, Precision
+from ..exporters.settings import ExportSettings, Precision
 from ..files import check_output_folder, staged_folder
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
@@ -124,7 +124,7 @@ def _refusal(
     progress: Progress,
 ) -> str | None:
     """Export into the folder; why that is no candidate, or `None` where it is one."""
-    if settings.precision in CALIBRATED and calibration is None:
+    if calibration is None and get_backend(settings.backend).measures_ranges(settings):
         return "no --calibration was given"
     try:
         manifest = export_checked(

@@ -14,7 +14,7 @@ from limbeck.backends.base import Backend
 from limbeck.backends.registry import backend_names, backend_of_format, get_backend, list_backends
 from limbeck.errors import InputError, UsageError
 
-BUILT_IN = ["onnx", "openvino", "tensorrt", "torch"]
+BUILT_IN = ["onnx", "openvino", "tensorrt", "torch", "executorch"]
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
