@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ..validate.performance.metrics import with_generation, with_latency, with_s
 from ..validate.performance.scenarios import ScenarioSettings, run_scenarios
 from ..validate.performance.token_times import GenerationSettings, bench_generation
 from ..validate.records.performance import Noise
-from ..validate.records.report import Candidate, Report
+from ..validate.records.report import Candidate, Metric, Report
 from .progress import SILENT, Progress
 
 
@@ -51,6 +51,38 @@ def timed_beside(
         for candidate in untimed.candidates
     ]
     return Timed(with_latency(untimed.teacher, first, None), candidates, first.noise, _energy(first))
+
+
+def written_beside(
+    teacher: Checkpoint,
+    timed: Timed,
+    artifacts: Mapping[str, Path],
+    texts: GenerationSettings,
+    settings: BenchSettings,
+    progress: Progress = SILENT,
+) -> Timed:
+    """The same with the times of text that the teacher (eager torch) and these artifacts write, in turn.
+
+    Raises:
+        UsageError: an artifact that keeps no cache.
+    """
+    subjects = [BenchSubject(name="teacher", path=Path(teacher.source), kind="checkpoint", task=teacher.task.name)]
+    subjects += [BenchSubject(name=name, path=folder, kind="artifact") for name, folder in artifacts.items()]
+    results = {found.subject.name: found for found in bench_generation(subjects, texts, settings, progress.say)}
+    first = results["teacher"]
+    candidates = [
+        with_generation(candidate, results[candidate.name], first) if candidate.name in results else candidate
+        for candidate in timed.candidates
+    ]
+    return replace(timed, teacher=with_generation(timed.teacher, first, None), candidates=candidates)
+
+
+def writing_alone(
+    subject: BenchSubject, texts: GenerationSettings, settings: BenchSettings, progress: Progress = SILENT
+) -> list[Metric]:
+    """How fast one checkpoint or artifact writes text, as metrics; no other program is in memory meanwhile."""
+    result = bench_generation([subject], texts, settings, progress.say)[0]
+    return with_generation(_bare_candidate(subject), result, None).metrics
 
 
 def bench(

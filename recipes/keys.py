@@ -63,7 +63,7 @@ class Keys:
         recipe = self.recipe
         limits = [constraint.model_dump() for constraint in recipe.constraints]
         shapes = [[stage.model_dump() for stage in recipe.stages], [export.model_dump() for export in recipe.exports]]
-        return sha256_of_json([teacher, limits, shapes, recipe.bench.model_dump()])
+        return sha256_of_json([teacher, limits, shapes, recipe.bench.of_calls()])
 
     def _stage(self, stage: Stage, keys: Mapping[str, str]) -> str:
         settings = stage.model_dump(exclude=_NAMES | {"cycle"})
@@ -97,7 +97,7 @@ class Keys:
         if until is not None and until.export is not None:
             calibration = self.data(recipe.data.calibration or recipe.data.train)
             export = recipe.export_named(until.export).settings().model_dump()
-            parts += [export, calibration, sorted(until.limits()), recipe.bench.model_dump()]
+            parts += [export, calibration, sorted(until.limits()), recipe.bench.of_calls()]
         return sha256_of_json(parts)
 
     def teacher_outputs(self, stage: Stage, keys: Mapping[str, str]) -> str:

@@ -134,7 +134,7 @@ def _timed(recipe: Recipe, teacher: Checkpoint, name: str, folder: Path, progres
         BenchSubject(name="teacher", path=Path(teacher.source), kind="checkpoint", task=teacher.task.name),
         BenchSubject(name=name, path=folder, kind="artifact"),
     ]
-    settings = BenchSettings(**{**recipe.bench.model_dump(), "rounds": _ROUNDS})
+    settings = BenchSettings(**{**recipe.bench.of_calls(), "rounds": _ROUNDS})
     baseline, result = bench(subjects, settings, progress.say)
     return _costs(baseline, result)
 
@@ -171,6 +171,21 @@ def refuse_unmeasurable(recipe: Recipe, powercap: Path = POWERCAP) -> None:
                     f"The constraint energy_mj on {export.name} cannot be checked here: {meter.reason}.",
                     "Leave energy_mj out; latency at a fixed number of threads is the nearest that is measured.",
                 )
+
+
+def refuse_long_texts(recipe: Recipe, teacher: Checkpoint) -> None:
+    """Refuse to time texts that are longer than the model has positions for.
+
+    Raises:
+        UsageError: they are.
+    """
+    texts = recipe.bench.generate
+    if texts is not None and texts.longest > teacher.max_length:
+        raise UsageError(
+            f"bench.generate writes texts of {texts.longest} tokens, and {teacher.source} has positions for "
+            f"{teacher.max_length}.",
+            "Ask for a shorter prompt_length or fewer new_tokens.",
+        )
 
 
 def _refuse_impossible(limits: Constraints, prediction: Prediction) -> None:

@@ -91,6 +91,7 @@ class RecipeRun:
     def _refuse_early(self, folders: Mapping[str, Path]) -> None:
         """What cannot work is said before anything is trained: a backend that is not here, data without its columns, an
         objective that does not exist, a metric that nothing gives."""
+        from .plan import refuse_long_texts
         from .precision_choice import refuse_untimed
 
         if not folders["measurement"].exists() and self.recipe.slices != Slices():
@@ -110,6 +111,7 @@ class RecipeRun:
         for source in (*named, *(stage.data for stage in to_do)):
             if source is not None:
                 self._data(source)
+        refuse_long_texts(self.recipe, self._checkpoint("teacher", folders))
         for stage in to_do:
             self._refuse_training(stage)
 
@@ -277,15 +279,18 @@ class RecipeRun:
     def _measure(self, folders: Mapping[str, Path], folder: Path) -> None:
         from ..validate.attribution.stages import StageAsked
         from ..validate.performance.latency import BenchSettings
+        from ..validate.performance.token_times import GenerationSettings
         from ..validate.records.report import save_report
         from .steps import ValidationAsked, validate
 
+        bench = self.recipe.bench
         report = validate(
             {export.name: folders[export.name] for export in self.recipe.exports},
             self._checkpoint("teacher", folders),
             self._data(self.recipe.data.validation),
             ValidationAsked(
-                latency=BenchSettings(**self.recipe.bench.model_dump()),
+                latency=BenchSettings(**bench.of_calls()),
+                texts=GenerationSettings(**bench.generate.model_dump()) if bench.generate is not None else None,
                 baselines=[export.name for export in self.recipe.exports if export.baseline],
                 slices=self._slices(),
                 stages=[

@@ -6,19 +6,21 @@ import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
 from ..errors import InputError, UsageError
 from ..exporters.settings import ExportSettings, Precision, ShapeRange
 from ..files import read_yaml
+from ..models.tasks.language_modeling import TextGeneration
 from ..validate.metrics.headline import higher_is_better
 from ..validate.records.report import Gate, describe_problems
 from ..validate.rows.pairs import PairKind
 from ..validate.rows.perturbations import BuiltinSlice
 from .stages import RecipePart, Stage
 
+_Size = Annotated[int, Field(ge=1)]
 _RESERVED = ("plan", "measurement")
 _WHY_DEVELOPMENT = "choosing on data.validation would fit the result to the rows that gates judge it by"
 
@@ -141,6 +143,21 @@ class Slices(RecipePart):
     """Other rows, of which some belong together, by the name of their slice."""
 
 
+class Texts(RecipePart):
+    """Text that is written under a stopwatch: every batch size with every prompt length (in tokens), the first of which
+    metrics are named after."""
+
+    batch_size: list[_Size] = Field([1], min_length=1)
+    prompt_length: list[_Size] = Field([128], min_length=1)
+    new_tokens: int = Field(32, ge=2)
+    """Written after each prompt, whatever they are."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return max(self.prompt_length) + self.new_tokens
+
+
 class Bench(RecipePart):
     """How latency is measured."""
 
@@ -148,6 +165,13 @@ class Bench(RecipePart):
     sequence_length: int = Field(128, ge=1)
     threads: int | None = Field(None, ge=1)
     rounds: int = Field(5, ge=1)
+    generate: Texts | None = None
+    """Of language models, how fast text is written as well: by the teacher and each stage (in eager torch), and by each
+    program with a cache."""
+
+    def of_calls(self) -> dict[str, Any]:
+        """How single calls are timed."""
+        return self.model_dump(exclude={"generate"})
 
 
 class Recipe(RecipePart):
@@ -239,6 +263,21 @@ class Recipe(RecipePart):
             if until is not None and until.export is not None and until.export not in names:
                 raise ValueError(
                     f"the cycle {stage.name} names the export {until.export}; there are {', '.join(names)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _texts_can_be_written(self) -> Self:
+        texts = self.bench.generate
+        if texts is None:
+            return self
+        if self.task != TextGeneration.name:
+            raise ValueError(f"bench.generate times text that is written, and {self.task} writes none")
+        for export in self.exports:
+            if export.kv_cache and export.shapes.max_sequence < texts.longest:
+                raise ValueError(
+                    f"bench.generate writes texts of {texts.longest} tokens, and the export {export.name} holds "
+                    f"{export.shapes.max_sequence} (shapes.max_sequence)"
                 )
         return self
 

@@ -29,12 +29,13 @@ from ..validate.measurement import (
     measure_artifact,
     require_same_task,
 )
-from ..validate.performance.latency import BenchSettings
+from ..validate.performance.latency import BenchSettings, BenchSubject
+from ..validate.performance.token_times import GenerationSettings
 from ..validate.predictions import Predictions
-from ..validate.records.report import Candidate, Gate, Report
+from ..validate.records.report import Candidate, Gate, Report, StageResult
 from ..validate.slices.choosing import SlicesAsked, check_builtin, with_slices
 from ..validate.standard import Standard, set_standard
-from .benching import Timed, command_line, now, timed_beside
+from .benching import Timed, command_line, now, timed_beside, writing_alone, written_beside
 from .inspection import artifact_matrices
 from .progress import SILENT, Progress
 
@@ -46,6 +47,8 @@ class ValidationAsked:
     gates: Sequence[Gate] = ()
     latency: BenchSettings | None = None
     """How teacher and artifacts are timed side by side; they are not when not given."""
+    texts: GenerationSettings | None = None
+    """How text that they write is timed; it is not when not given, nor where latency is not."""
     baselines: Sequence[str] = ()
     """Artifacts that are measured for comparison only: gates do not look at them."""
     slices: SlicesAsked = field(default_factory=SlicesAsked)
@@ -113,7 +116,7 @@ class _Validation:
             command=command_line(),
             teacher=timed.teacher,
             candidates=timed.candidates,
-            stages=stages,
+            stages=[self._written(stage) for stage in stages],
             steps=newest.lineage.steps,
             environment=facts(),
             data=[
@@ -196,7 +199,20 @@ class _Validation:
             for name, manifest in self.opened.items()
             if name in runnable and not (manifest.is_kit or manifest.stand_in)
         }
-        return timed_beside(teacher, Timed(described, candidates), timeable, self.asked.latency, self.progress)
+        timed = timed_beside(teacher, Timed(described, candidates), timeable, self.asked.latency, self.progress)
+        if self.asked.texts is None:
+            return timed
+        writing = {name: folder for name, folder in timeable.items() if self.opened[name].cache is not None}
+        return written_beside(teacher, timed, writing, self.asked.texts, self.asked.latency, self.progress)
+
+    def _written(self, stage: StageResult) -> StageResult:
+        """With the speed at which it writes text, by itself: stages of a large model have no room beside each other."""
+        if self.asked.texts is None or self.asked.latency is None:
+            return stage
+        folder = next(each.folder for each in self.asked.stages if each.name == stage.name)
+        subject = BenchSubject(name=stage.name, path=folder, kind="checkpoint")
+        speed = writing_alone(subject, self.asked.texts, self.asked.latency, self.progress)
+        return stage.model_copy(update={"metrics": [*stage.metrics, *speed]})
 
 
 def _notes(opened: Mapping[str, Manifest]) -> list[str]:

@@ -43,8 +43,12 @@ def with_generation(candidate: Candidate, result: GenerationResult, baseline: Ge
     metrics = list(_token_metrics(found[0], ""))
     if len(found) > 1:
         metrics += [metric for each in found for metric in _token_metrics(each, f"/{shape_name(each)}")]
-    first = found[0]
-    metrics += [_less_is_better(*figure, _where(first), first.ttft.samples) for figure in _of_the_process(result)]
+    first, known = found[0], {metric.name for metric in candidate.metrics}
+    metrics += [
+        _less_is_better(*figure, _where(first), first.ttft.samples)
+        for figure in _of_the_process(result)
+        if figure[0] not in known  # of its single calls
+    ]
     return _with(candidate, result, metrics, generations=[*candidate.generations, *found])
 
 
