@@ -7,7 +7,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,20 +130,23 @@ def _threads() -> int:
 
 @contextmanager
 def _said() -> Iterator[Callable[[], str]]:
-    """Take what the runtime writes to the process's standard error, where it says why it fails, and what CPU it finds;
-    hands out what gives the last line of it."""
+    """Take what the runtime says, by Python's standard error and by the process's: what CPU it finds, and why it fails,
+    which its errors do not tell. Hands out what gives the line that tells most."""
     sys.stderr.flush()
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
 
-        def last_line() -> str:
+        def telling_line() -> str:
+            file.flush()
             file.seek(0)
-            lines = file.read().decode(errors="replace").strip().splitlines()
-            return lines[-1].partition("] ")[2].rstrip(".") if lines else ""
+            lines = [line.partition("] ")[2].strip(" .") for line in file.read().splitlines()]
+            missing = [line for line in lines if line.startswith("Missing operator")]
+            return [*lines, *missing][-1] if lines else ""
 
         os.dup2(file.fileno(), 2)
         try:
-            yield last_line
+            with redirect_stderr(file):
+                yield telling_line
         finally:
             os.dup2(kept, 2)
             os.close(kept)

@@ -37,7 +37,10 @@ Examples:
 @click.command(epilog=EXAMPLES)
 @click.argument("checkpoint")
 @click.option(
-    "--backend", required=True, metavar="NAME", help="onnx, openvino, tensorrt or a plug-in's (limbeck backends)."
+    "--backend",
+    required=True,
+    metavar="NAME",
+    help="onnx, openvino, torch, tensorrt or a plug-in's (limbeck backends).",
 )
 @click.option(
     "--precision",

@@ -116,8 +116,9 @@ def _varying(module: nn.Module, inputs: Mapping[str, torch.Tensor], cache: Any) 
 
     register_cache_pytrees_for_model(module)
     auto = torch.export.Dim.AUTO
-    kept = _pytree.tree_leaves(cache)
-    return {**{name: {0: auto, 1: auto} for name in inputs}, PAST: [{0: auto, 2: auto} for _ in kept]}
+    # Layers with a sliding window hold counters beside keys and values [batch, heads, read, size].
+    kept = [{0: auto, 2: auto} if leaf.ndim == 4 else {} for leaf in _pytree.tree_leaves(cache)]
+    return {**{name: {0: auto, 1: auto} for name in inputs}, PAST: kept}
 
 
 def _no_cache(checkpoint: Checkpoint, why: str) -> InputError:

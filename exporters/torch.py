@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from unittest.mock import patch
 
 import torch
@@ -94,7 +94,7 @@ class _Answering(nn.Module):
         super().__init__()
         self.module = checkpoint.module
         self._flags, self._output = checkpoint.task.forward_flags(), checkpoint.task.output
-        self._form = _pytree.tree_structure(cache) if cache is not None else None
+        self._cache = _CacheForm.of(cache) if cache is not None else None
 
     @property
     def config(self) -> Any:
@@ -102,11 +102,37 @@ class _Answering(nn.Module):
         return self.module.config
 
     def forward(self, **inputs: Any) -> dict[str, Any]:
-        if self._form is None:
+        if self._cache is None:
             return {self._output: self.module(**inputs, **self._flags)[self._output]}
-        past = _pytree.tree_unflatten(inputs.pop(_PAST_OF_PACKAGE), self._form)
+        past = self._cache.filled(inputs.pop(_PAST_OF_PACKAGE))
         outputs = self.module(**inputs, **{PAST: past}, use_cache=True)
-        return {self._output: outputs[self._output], _PAST_OF_PACKAGE: _pytree.tree_leaves(outputs[PAST])}
+        return {self._output: outputs[self._output], _PAST_OF_PACKAGE: kept_of(outputs[PAST])}
+
+
+@dataclass(frozen=True)
+class _CacheForm:
+    """A cache of transformers without its keys and values: layers with a sliding window hold other tensors too."""
+
+    leaves: list[torch.Tensor]
+    form: Any
+
+    @classmethod
+    def of(cls, cache: Any) -> Self:
+        return cls(*_pytree.tree_flatten(cache))
+
+    def filled(self, kept: Sequence[torch.Tensor]) -> Any:
+        """The cache with these keys and values."""
+        given = iter(kept)
+        return _pytree.tree_unflatten([next(given) if _is_kept(leaf) else leaf for leaf in self.leaves], self.form)
+
+
+def kept_of(cache: Any) -> list[torch.Tensor]:
+    """Keys and values of a cache, layer by layer, each [batch, heads, read, size]."""
+    return [leaf for leaf in _pytree.tree_leaves(cache) if _is_kept(leaf)]
+
+
+def _is_kept(leaf: torch.Tensor) -> bool:
+    return leaf.ndim == 4
 
 
 @dataclass(frozen=True)
@@ -131,9 +157,12 @@ def trace(checkpoint: Checkpoint, settings: ExportSettings, cached: CachedTrace 
         varying = dynamic_shapes(checkpoint, settings.shapes)
     else:
         past = cached.inputs[PAST]
-        module, kept = _Answering(checkpoint, past), _pytree.tree_leaves(past)
+        module, kept = _Answering(checkpoint, past), kept_of(past)
         sample = {name: cached.inputs[name] for name in cached.inputs if name not in (PAST, "use_cache")}
-        varying = {**{name: cached.varying[name] for name in sample}, _PAST_OF_PACKAGE: cached.varying[PAST]}
+        varying = {
+            **{name: cached.varying[name] for name in sample},
+            _PAST_OF_PACKAGE: cached.varying[PAST][: len(kept)],
+        }
         sample |= {_PAST_OF_PACKAGE: kept}
         metadata = {PAST_SIZES: json.dumps([[side.shape[1], side.shape[3]] for side in kept])}
     device = next(module.parameters()).device

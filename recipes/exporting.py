@@ -258,7 +258,7 @@ def _check_cache(
         return probe_batch(checkpoint, texts, tokens, stream=stream)["input_ids"]
 
     readings = readings_of(draw, shapes, longest(checkpoint, shapes))
-    return [check_cache(runner, readings, tolerance_of(manifest.settings.precision, manifest.cache.precision))]
+    return [check_cache(runner, readings, tolerance_of(manifest.settings.precision, manifest.cache))]
 
 
 def _audit(checkpoint: Checkpoint, manifest: Manifest, folder: Path, progress: Progress) -> CheckRecord | None:

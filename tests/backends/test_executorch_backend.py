@@ -22,6 +22,7 @@ from limbeck.exporters.artifact import Manifest
 from limbeck.exporters.inputs import probe_batch, probe_batches
 from limbeck.exporters.settings import ExportSettings, ShapeRange
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint
+from limbeck.models.lineage import Step
 from limbeck.models.surgery import Selection, select
 from limbeck.prune.costs import counted_flops
 from limbeck.recipes.inspection import inspect_artifact
@@ -59,11 +60,13 @@ class Artifact:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: TinyCheckpoint) -> Checkpoint:
+def checkpoint(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A BERT whose layers were pruned to 24 and to 40 channels."""
     whole = load_checkpoint(tiny_checkpoint("bert", task="text-classification"))
     smaller = select(whole.model, Selection(ffn=[torch.arange(24), torch.arange(3, 43)]))
-    return dataclasses.replace(whole, model=smaller)
+    folder = tmp_path_factory.mktemp("uneven") / "uneven"
+    whole.after(smaller, Step(verb="prune", method="by hand")).save(folder)
+    return load_checkpoint(folder)
 
 
 @pytest.fixture(scope="module")
@@ -259,10 +262,18 @@ def test_a_malformed_program_is_named(
 
 def test_a_program_for_another_delegate_is_refused(copied: Artifact) -> None:
     copied.program.write_bytes(copied.program.read_bytes().replace(b"XnnpackBackend", b"CoreMLoBackend"))
-    with pytest.raises(BackendUnavailable, match=r"ExecuTorch cannot run .*CoreMLoBackend"):
+    with pytest.raises(BackendUnavailable, match=r"ExecuTorch cannot run .*CoreMLoBackend is not registered"):
         ExecuTorchBackend().load(copied.folder, copied.manifest)
     with pytest.raises(InputError, match="is a program for CoreMLoBackend; limbeck reads those for XnnpackBackend"):
         ExecuTorchBackend().program_facts(copied.folder, copied.manifest, 1, 16)
+
+
+def test_an_operator_that_the_runtime_lacks_is_named(copied: Artifact) -> None:
+    copied.program.write_bytes(
+        copied.program.read_bytes().replace(b"aten::native_layer_norm", b"aten::native_layer_nerm")
+    )
+    with pytest.raises(BackendUnavailable, match=r"ExecuTorch cannot run .*Missing operator: .*native_layer_nerm"):
+        ExecuTorchBackend().load(copied.folder, copied.manifest)
 
 
 def test_a_program_that_is_not_the_manifests_is_refused(artifact: Callable[..., Artifact]) -> None:

@@ -32,7 +32,7 @@ class KeptTokens(SubjectCheck):
         manifest = subject.manifest
         if manifest.cache is None or subject.runner is None:
             return None
-        tolerance = tolerance_of(manifest.settings.precision, manifest.cache.precision)
+        tolerance = tolerance_of(manifest.settings.precision, manifest.cache)
         readings = readings_of(subject.real_tokens, manifest.settings.shapes, subject.longest)
         found = Check(**check_cache(subject.runner, readings, tolerance).model_dump())
         if found.passed or subject.student is None:

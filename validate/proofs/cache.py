@@ -12,7 +12,7 @@ import torch
 from ...backends.base import Runner
 from ...backends.decoder import Decoder
 from ...errors import InputError
-from ...exporters.artifact import CheckRecord
+from ...exporters.artifact import CacheFacts, CheckRecord
 from ...exporters.settings import Precision, ShapeRange
 from ...models.batching import Run
 
@@ -37,10 +37,10 @@ Draw = Callable[[int, int], torch.Tensor]
 _TEXTS, _TOKENS = 3, 24
 
 
-def tolerance_of(precision: Precision, kept_in: str) -> float:
+def tolerance_of(precision: Precision, cache: CacheFacts) -> float:
     """Largest difference that is explained by a program's arithmetic and by what its cache is kept in, as a share of
     the largest logit."""
-    return max(TOLERANCES[precision], KEPT_IN.get(kept_in, 0.0))
+    return max(TOLERANCES[precision], KEPT_IN.get(cache.precision, 0.0))
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class Reading:
     def steps(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """What a decoder is given, piece by piece."""
         for start, end in zip((0, *self.ends), self.ends, strict=False):
-            yield self.ids[:, start:end], self.mask[:, :end], self.positions[:, start:end]
+            pieces = self.ids[:, start:end], self.mask[:, :end], self.positions[:, start:end]
+            ids, mask, positions = map(np.ascontiguousarray, pieces)
+            yield ids, mask, positions
 
     def in_pieces(self, decoder: Decoder) -> np.ndarray:
         """What follows each piece, float32 [pieces, texts, vocabulary]."""
@@ -122,8 +124,8 @@ class Read:
 
     @property
     def largest(self) -> float:
-        """The largest logit."""
-        return float(np.abs(self.whole).max())
+        """The largest logit that is a number."""
+        return float(np.abs(self.whole[np.isfinite(self.whole)]).max(initial=0.0))
 
     @property
     def differences(self) -> np.ndarray:

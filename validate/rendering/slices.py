@@ -12,8 +12,9 @@ from ..records.report import FEWEST_IN_A_SLICE, Candidate, ChangedExample, Metri
 from .figures import Figure, figure_of
 
 _WHOLE = "all examples"
-_OF_A_KIND = ("invariance", "consistency", "counterfactual_flips", "gap", "same_continuation")
-"""Metrics that only some kinds of slices have."""
+_BESIDE = ("invariance", "consistency", "counterfactual_flips", "gap", "same_continuation", "next_token_kl")
+"""Metrics that are shown with what is kept: those that only some kinds of slices have, and of language models the
+divergence, which sees what perplexity does not."""
 _LEAST_FULL = 0.05
 """The loss that is drawn in full colour where none is larger: what is smaller should look small."""
 
@@ -219,7 +220,7 @@ def _cell(part: Slice | None, metric: str, full: float) -> Cell | None:
 
 
 def _moved(part: Slice) -> str:
-    found = [metric for name in _OF_A_KIND if (metric := part.metric(name))]
+    found = [metric for name in _BESIDE if (metric := part.metric(name))]
     return "; ".join(f"{metric.name.replace('_', ' ')} {_beside_the_teacher(metric)}" for metric in found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from limbeck.backends.decoder import Decoder
 from limbeck.backends.torch_eager import EagerRunner
 from limbeck.errors import InputError
+from limbeck.exporters.artifact import CacheFacts
 from limbeck.exporters.inputs import random_ids
 from limbeck.exporters.settings import ShapeRange
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint
@@ -21,6 +23,7 @@ from limbeck.validate.checks import cache as defects
 from limbeck.validate.proofs.cache import Reading, check_cache, readings_of, tolerance_of
 
 VOCABULARY = 100
+KEPT_WHOLE, KEPT_COARSELY = (CacheFacts(precision=kept, values_per_token=64) for kept in ("f32", "u8"))
 SHAPES = ShapeRange(max_batch=8, opt_batch=2, max_sequence=40, opt_sequence=16)
 
 
@@ -75,7 +78,7 @@ def test_what_is_read_is_one_text_several_and_padded_ones() -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_sound_cache_passes(family: str, tiny_checkpoint: Callable[..., Path]) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint(family, task="text-generation"))
-    found = check_cache(EagerRunner(checkpoint, 1), readings(), tolerance_of("fp32", "f32"))
+    found = check_cache(EagerRunner(checkpoint, 1), readings(), tolerance_of("fp32", KEPT_WHOLE))
     assert found.passed and found.name == "cache", found.detail
     assert len(found.rows) == 4 and all(row["share of the output"] < 1e-5 for row in found.rows)
     assert found.rows[0]["pieces"] == "12, 6, 3, 1, 1, 1"
@@ -84,7 +87,7 @@ def test_a_sound_cache_passes(family: str, tiny_checkpoint: Callable[..., Path])
 @pytest.mark.parametrize("defect", defects._DEFECTS, ids=lambda defect: defect.cause)
 def test_a_defect_is_found_and_named(defect: defects._Defect, checkpoint: Checkpoint) -> None:
     faulty = Faulty(checkpoint, defect)
-    found = check_cache(faulty, readings(), tolerance_of("int8", "u8"))  # even where much is allowed
+    found = check_cache(faulty, readings(), tolerance_of("int8", KEPT_COARSELY))  # even where much is allowed
     assert not found.passed
     assert defects._cause(faulty.decoder(), checkpoint, readings()) == defect.cause
 
@@ -113,13 +116,20 @@ def test_a_program_that_cannot_go_on_fails(checkpoint: Checkpoint) -> None:
     )
 
 
-def test_answers_that_are_no_numbers_fail(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("when", ["in pieces", "in one", "always"])
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_answers_that_are_no_numbers_fail(odd: float, when: str, checkpoint: Checkpoint) -> None:
     class Broken(EagerRunner):
+        def __call__(self, batch: Any) -> dict[str, np.ndarray]:
+            found = super().__call__(batch)
+            return {name: value if when == "in pieces" else np.full_like(value, odd) for name, value in found.items()}
+
         def decoder(self) -> Decoder:
             decoder = super().decoder()
             step = decoder.step
-            decoder.step = lambda *given: np.full_like(step(*given), np.nan)  # type: ignore[method-assign]
+            if when != "in one":
+                decoder.step = lambda *given: np.full_like(step(*given), odd)  # type: ignore[method-assign]
             return decoder
 
-    found = check_cache(Broken(checkpoint, 1), readings(), 0.5)
+    found = check_cache(Broken(checkpoint, 1), readings()[:1], 0.5)
     assert not found.passed and "by inf of the largest logit" in found.detail
