@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from .artifact import CacheFacts, TensorSpec
 from .inputs import probe_batch
 from .settings import ExportSettings
 
+if TYPE_CHECKING:
+    import onnx_ir
+
 PAST = "past_key_values"
 """What the forward of transformers' models calls its cache."""
 POSITIONS = "position_ids"
@@ -31,6 +34,8 @@ PAST_INPUTS, PRESENT_OUTPUTS = f"input.{PAST}.", f"output.{PAST}."
 ROWS = "beam_idx"
 """The input of a stateful program that says which row of the cache belongs to which text."""
 _TRACED_BATCH, _TRACED_PROMPT = 2, 7
+_AXES = 4
+"""Keys and values are [batch, heads, read, size]."""
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -117,8 +122,26 @@ def _varying(module: nn.Module, inputs: Mapping[str, torch.Tensor], cache: Any) 
     register_cache_pytrees_for_model(module)
     auto = torch.export.Dim.AUTO
     # Layers with a sliding window hold counters beside keys and values [batch, heads, read, size].
-    kept = [{0: auto, 2: auto} if leaf.ndim == 4 else {} for leaf in _pytree.tree_leaves(cache)]
+    kept = [{0: auto, 2: auto} if leaf.ndim == _AXES else {} for leaf in _pytree.tree_leaves(cache)]
     return {**{name: {0: auto, 1: auto} for name in inputs}, PAST: kept}
+
+
+def freeze_counters(graph_model: onnx_ir.Model, trace: CachedTrace) -> None:
+    """Make constants of what a cache holds beside keys and values (the width of a sliding window): it is the same for
+    every text, so no caller need know of it."""
+    import onnx_ir
+    from transformers.exporters.utils import get_leaf_tensors
+
+    graph, held = graph_model.graph, get_leaf_tensors(trace.inputs)
+    for value in [value for value in graph.inputs if value.name and value.name.startswith(PAST_INPUTS)]:
+        leaf = held[str(value.name).removeprefix("input.")]
+        if leaf.ndim != _AXES:
+            graph.inputs.remove(value)
+            value.const_value = onnx_ir.tensor(leaf.numpy(), name=value.name)
+            graph.register_initializer(value)
+    for value in [value for value in graph.outputs if value.name and value.name.startswith(PRESENT_OUTPUTS)]:
+        if held[str(value.name).removeprefix("output.")].ndim != _AXES:
+            graph.outputs.remove(value)
 
 
 def _no_cache(checkpoint: Checkpoint, why: str) -> InputError:

@@ -22,7 +22,7 @@ from .artifact import TensorSpec
 from .constant_weights import fold_weights
 from .float8 import float8_step
 from .inputs import dynamic_shapes, sample_inputs
-from .kv_cache import CachedTrace
+from .kv_cache import CachedTrace, freeze_counters
 from .node_scopes import module_of
 from .onnx_weight_only import quantize_weights, weights_of_embeddings, weights_of_matrices
 from .options import ATTENTION_OPSET, OPSET, OnnxOptions
@@ -95,6 +95,8 @@ def export_graph(
     few_heads = grouped_heads() if trace and opset >= ATTENTION_OPSET else nullcontext()
     with quiet_exporters(), failures_named(checkpoint.module, opset), few_heads:
         exported = OnnxExporter().export(checkpoint.module, inputs, config)
+    if trace:
+        freeze_counters(exported.program, trace)
     if settings.precision in WEIGHT_ONLY:
         fold_weights(exported.program)  # the head of tied embeddings has a matrix of its own then
     name_weights(exported.program, checkpoint.module)

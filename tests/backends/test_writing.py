@@ -73,7 +73,14 @@ def artifacts(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPath
 
 @pytest.mark.parametrize(
     ("family", "backend"),
-    [("llama", "onnx"), ("llama", "openvino"), ("gpt2", "onnx"), ("qwen3", "openvino"), ("llama", "torch")],
+    [
+        ("llama", "onnx"),
+        ("llama", "openvino"),
+        ("gpt2", "onnx"),
+        ("qwen3", "openvino"),
+        ("mistral", "onnx"),
+        ("llama", "torch"),
+    ],
 )
 def test_a_program_writes_what_its_model_writes(
     family: str, backend: str, artifacts: Callable[[str, str], Path], tiny_checkpoint: TinyCheckpoint
