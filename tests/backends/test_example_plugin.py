@@ -44,7 +44,7 @@ def limbeck(environment: dict[str, str], *words: str) -> subprocess.CompletedPro
 def test_the_plugin_is_listed_beside_ours(with_plugin: dict[str, str]) -> None:
     listed = json.loads(limbeck(with_plugin, "backends", "--json").stdout)["backends"]
     found = {backend["name"]: backend for backend in listed}
-    assert [*found] == ["onnx", "openvino", "tensorrt", "torch", "dynamo", "torch-export"]
+    assert [*found] == ["onnx", "openvino", "tensorrt", "torch", "executorch", "dynamo", "torch-export"]
     assert found["torch-export"]["source"] == "limbeck_torch_export:TorchExportBackend"
     for name in ("torch-export", "dynamo"):
         assert found[name]["availability"]["can_export"] and found[name]["availability"]["can_run"]
