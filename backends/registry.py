@@ -108,7 +108,7 @@ def backend_for(settings: ExportSettings) -> Backend:
     if settings.sparsity is not None and settings.sparsity not in backend.sparsities:
         able = [name for name in _BUILT_IN if settings.sparsity in get_backend(name).sparsities]
         raise UsageError(
-            f"The backend {backend.name} makes no use of {settings.sparsity} sparsity; {', '.join(able)} does.",
+            f"The backend {backend.name} makes no use of {settings.sparsity} sparsity; {' and '.join(able)} do.",
             "Leave --sparsity out: the zeros stay in the weights all the same.",
         )
     checked_options(backend.options(), settings.options, backend.name)
