@@ -206,7 +206,7 @@ def test_every_kind_of_model_tells_its_flops(
 ) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint(family, task=task), task)
     manifest = export(checkpoint, settings("eager", precision="bf16"), tmp_path / "out")
-    assert [check.passed for check in manifest.checks] == [True, True]
+    assert {"parity", "weight audit"} <= {check.name for check in manifest.checks if check.passed}
     facts = get_backend("torch").program_facts(tmp_path / "out", manifest, 1, 12)
     assert facts is not None and facts.flops == counted_flops(checkpoint, 12)
     assert {layer.stored for layer in facts.layers} == {"bfloat16"}

@@ -212,7 +212,7 @@ def test_layers_that_onnx_runtimes_own_operators_hold(
     """Integers in a MatMulNBits, tables beside their scales, and weights that fusions put side by side."""
     monkeypatch.setattr("limbeck.exporters.onnx_weight_only._SMALLEST_TABLE", 1000)
     checkpoint = load(tiny_checkpoint, family)
-    manifest = export(checkpoint, tmp_path, "onnx", precision=precision, options={"fusions": fusions})
+    manifest = export(checkpoint, tmp_path, "onnx", precision=precision, options={"fusions": fusions}, kv_cache=False)
     found, stored = facts_of(tmp_path, manifest), checkpoint_facts(checkpoint, Path(checkpoint.source))
     kind, size = PRECISIONS.get(precision, ("float32", 4))
     assert {(layer.stored, layer.computed) for layer in found.layers} == {(kind, "float32")}

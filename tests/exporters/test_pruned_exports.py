@@ -57,6 +57,6 @@ def test_a_model_whose_layers_differ_and_whose_channels_moved_is_exported_as_it_
     again = load_checkpoint(tmp_path / "pruned")
     assert again.hash == checkpoint.hash and hasattr(again.model.config, KEY)
     manifest = export(again, ExportSettings(backend=backend, shapes=SMALL), tmp_path / "artifact")
-    assert [check.passed for check in manifest.checks] == [True, True]
+    assert {"parity", "weight audit"} <= {check.name for check in manifest.checks if check.passed}
     assert manifest.parameters == sum(parameter.numel() for parameter in checkpoint.module.parameters())
     assert manifest.parent_hash == checkpoint.hash
