@@ -281,7 +281,10 @@ def test_a_built_in_text_that_is_not_there() -> None:
         (lambda r: changed(r, "constraints", 0, artifact="onx"), "names onx"),
         (lambda r: changed(r, "gates", 0, candidate="onx*"), r"cosine_mean names onx\*"),
         (lambda r: changed(r, "gates", 0, slice="typos"), "names the slice typos, but the recipe has no slices"),
-        (lambda r: {**r, "slices": {"builtin": ["typo"]}}, "slices.builtin.0: Input should be 'length', 'typos'"),
+        (
+            lambda r: {**r, "slices": {"builtin": ["typo"]}},
+            "slices.builtin.0: Input should be 'length', 'position', 'typos'",
+        ),
         (lambda r: {**r, "task": None}, "task: "),
     ],
 )
