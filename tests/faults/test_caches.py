@@ -125,7 +125,7 @@ def test_padding_on_the_left_that_is_read(
     def in_openvino(model: openvino.Model) -> None:
         put_between(
             parameter(model, "attention_mask").output(0),
-            lambda mask: ops.maximum(mask, ops.constant(1, "i64")),
+            lambda mask: ops.maximum(mask, ops.constant(1, openvino.Type.i64)),
         )
 
     folder = planted(backend, in_onnx, in_openvino)
@@ -150,11 +150,11 @@ def test_positions_off_by_one_after_the_prompt(
 
     def in_openvino(model: openvino.Model) -> None:
         def length(name: str) -> Any:
-            axis, zero = ops.constant([1], "i64"), ops.constant(0, "i64")
+            axis, zero = ops.constant([1], openvino.Type.i64), ops.constant(0, openvino.Type.i64)
             return ops.gather(ops.shape_of(parameter(model, name).output(0), "i64"), axis, zero)
 
         past = ops.subtract(length("attention_mask"), length("input_ids"))
-        by = ops.minimum(past, ops.constant([1], "i64"))
+        by = ops.minimum(past, ops.constant([1], openvino.Type.i64))
         put_between(parameter(model, "position_ids").output(0), lambda positions: ops.add(positions, by))
 
     folder = planted(backend, in_onnx, in_openvino)

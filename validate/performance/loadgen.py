@@ -201,8 +201,7 @@ def _settings(load: Load) -> Any:
     if load.target_qps is not None:
         settings.server_target_qps = load.target_qps
         settings.server_target_latency_percentile = 0.99
-    if load.latency_bound_ms is not None:
-        settings.server_target_latency_ns = max(1, round(load.latency_bound_ms * 1e6))
+        settings.server_target_latency_ns = _nanoseconds(load.latency_bound_ms)
     if load.texts is not None:
         settings.use_token_latencies = True
         settings.ttft_latency = _nanoseconds(load.texts.ttft_bound_ms)
