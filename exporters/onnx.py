@@ -27,6 +27,7 @@ from .node_scopes import module_of
 from .onnx_weight_only import quantize_weights, weights_of_embeddings, weights_of_matrices
 from .options import ATTENTION_OPSET, OPSET, OnnxOptions
 from .parameter_names import ParameterNames
+from .precision import HALF_DTYPES
 from .program import ProgramWeight
 from .settings import WEIGHT_ONLY, ExportSettings, Precision
 from .unsupported import failures_named
@@ -105,8 +106,9 @@ def export_graph(
 
 def _opset(settings: ExportSettings, options: OnnxOptions, trace: CachedTrace | None) -> int:
     """Attention as one operator takes half the time of its parts where a long cache of many texts is read. ONNX
-    Runtime's quantiser and its own fusions look for the parts."""
-    whole = trace is not None and settings.precision != "int8" and not options.fusions
+    Runtime's quantiser and its own fusions look for the parts, and half precision writes them out (`precision.py`)."""
+    in_parts = settings.precision == "int8" or settings.precision in HALF_DTYPES or options.fusions
+    whole = trace is not None and not in_parts
     return ATTENTION_OPSET if whole else OPSET
 
 
