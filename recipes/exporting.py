@@ -28,9 +28,10 @@ from ..models.lineage import TRAINING_ROWS_FILE
 from ..validate.measurement import score_run, scores_of
 from ..validate.metrics.quality import headline_metric, higher_is_better
 from ..validate.performance.speed import medians_in_turn
-from ..validate.proofs.cache import check_cache, readings_of, tolerance_of
+from ..validate.proofs.cache import check_cache, readings_of
 from ..validate.proofs.parity import check_parity
 from ..validate.proofs.tokenizer_check import TOKENIZER_CHECK, check_tokenizer_graph, read_otherwise
+from ..validate.proofs.tolerances import tolerance_of
 from ..validate.proofs.weight_audit import audit_weights
 from ..validate.standard import set_standard
 from .progress import SILENT, Progress
@@ -258,7 +259,8 @@ def _check_cache(
         return probe_batch(checkpoint, texts, tokens, stream=stream)["input_ids"]
 
     readings = readings_of(draw, shapes, longest(checkpoint, shapes))
-    return [check_cache(runner, readings, tolerance_of(manifest.settings.precision, manifest.cache))]
+    tolerance = tolerance_of(manifest.settings.precision, manifest.cache)
+    return [check_cache(runner, readings, tolerance.itself)]
 
 
 def _audit(checkpoint: Checkpoint, manifest: Manifest, folder: Path, progress: Progress) -> CheckRecord | None:

@@ -27,7 +27,7 @@ from ...models.checkpoint import Checkpoint, load_tokenizer
 from ..checks.weights import WeightAudit
 from ..metrics.comparison import chosen_metric
 from ..predictions import Predictions, Progress
-from ..proofs.parity import TOLERANCES, tolerance_of
+from ..proofs.tolerances import tolerance_of
 from ..proofs.weight_audit import audit_weights
 from ..records.report import Candidate, Check, Parity, Point, Waypoint
 from ..standard import Standard, examples_for
@@ -163,7 +163,7 @@ class _Between:
         """Student, graph and program, as far as they are at hand."""
         tokenizer = load_tokenizer(item.folder)
         tokens = tokens_of(self._standard, tokenizer, item.manifest.max_length)
-        allowed = tolerance_of(item.manifest.settings.precision, item.manifest.cache)
+        allowed = tolerance_of(item.manifest.settings.precision, item.manifest.cache).module
         program = _Stop(_program(item), item.answers, tokens, allowed)
         if self._student is None:
             return [_noted(program, f"student and graph are not at hand: {self._missing}")]
@@ -204,7 +204,7 @@ class _Between:
         audit = _audit(reference.backend, reference.folder, manifest, student)
         metrics = metrics_of(answers, standard)
         waypoint = Waypoint(name="graph", runtime=runtime, precision="fp32", metrics=metrics, audit=audit)
-        return _Stop(waypoint, answers, tokens, TOLERANCES["fp32"])
+        return _Stop(waypoint, answers, tokens, tolerance_of("fp32").module)
 
     def cause(self, item: Measured, point: Point, rows: np.ndarray) -> str:
         """The first module where a point parts from the one before on these rows, in words; nothing where neither

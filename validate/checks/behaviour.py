@@ -10,7 +10,7 @@ import torch
 
 from ...errors import InputError
 from ...models.batching import padding_id
-from ..proofs.parity import tolerance_of
+from ..proofs.tolerances import tolerance_of
 from ..records.report import Check
 from .base import Subject, SubjectCheck, relative_difference
 
@@ -40,7 +40,7 @@ class PaddingMask(SubjectCheck):
         alone = _first(subject.runner(subject.batch_of(texts[:1, :short])), short)
         batched = _first(subject.runner(subject.batch_of(other, mask)), short)
         garbage = _first(subject.runner(subject.batch_of(texts, mask)), short)
-        tolerance = tolerance_of(subject.manifest.settings.precision, subject.manifest.cache)
+        tolerance = tolerance_of(subject.manifest.settings.precision, subject.manifest.cache).module
         moved, read = relative_difference(batched, alone), relative_difference(garbage, batched)
         if moved > tolerance:
             return self.fails(

@@ -12,7 +12,8 @@ from ...backends.decoder import Decoder
 from ...backends.torch_eager import EagerRunner
 from ...errors import InputError
 from ...models.checkpoint import Checkpoint
-from ..proofs.cache import CACHE_CHECK, Reading, check_cache, readings_of, tolerance_of
+from ..proofs.cache import CACHE_CHECK, Reading, check_cache, readings_of
+from ..proofs.tolerances import tolerance_of
 from ..records.report import Check
 from .base import Subject, SubjectCheck
 
@@ -32,7 +33,7 @@ class KeptTokens(SubjectCheck):
         manifest = subject.manifest
         if manifest.cache is None or subject.runner is None:
             return None
-        tolerance = tolerance_of(manifest.settings.precision, manifest.cache)
+        tolerance = tolerance_of(manifest.settings.precision, manifest.cache).itself
         readings = readings_of(subject.real_tokens, manifest.settings.shapes, subject.longest)
         found = Check(**check_cache(subject.runner, readings, tolerance).model_dump())
         if found.passed or subject.student is None:

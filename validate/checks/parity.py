@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ...exporters.inputs import probe_batches
-from ..proofs.parity import check_parity, tolerance_of
+from ..proofs.parity import check_parity
+from ..proofs.tolerances import tolerance_of
 from ..records.report import Check
 from .base import Subject, SubjectCheck, Unchecked
 from .diagnosis import diagnose
@@ -33,7 +34,7 @@ class ParityWithStudent(SubjectCheck):
         if found.passed and furthest <= _ROUNDING.get(precision, 1.0):
             return found
         batches = [batch for _, batch in probes]
-        cause = diagnose(subject.runner, subject.student, batches, tolerance_of(precision, cache))
+        cause = diagnose(subject.runner, subject.student, batches, tolerance_of(precision, cache).module)
         if cause is None:
             return found
         return found.model_copy(update={"detail": f"it computes what the student would with {cause}: {found.detail}"})

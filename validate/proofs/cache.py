@@ -12,35 +12,14 @@ import torch
 from ...backends.base import Runner
 from ...backends.decoder import Decoder
 from ...errors import InputError
-from ...exporters.artifact import CacheFacts, CheckRecord
-from ...exporters.settings import Precision, ShapeRange
+from ...exporters.artifact import CheckRecord
+from ...exporters.settings import ShapeRange
 from ...models.batching import Run
 
 CACHE_CHECK = "cache"
-TOLERANCES: dict[Precision, float] = {
-    "fp32": 1e-4,
-    "tf32": 1e-2,
-    "fp16": 1e-2,
-    "bf16": 3e-2,
-    "fp8": 1e-1,
-    "int8": 1e-1,
-    "int8-weight-only": 2e-2,
-    "int4-weight-only": 2e-2,
-    "native": 3e-2,
-}
-"""Largest difference that a program's arithmetic explains, as a share of the largest logit. Both sides are the program
-itself, so it is less than what parity allows: several times what was measured on gutenberg-llama (docs/checks.md)."""
-KEPT_IN = {"u8": 2e-2, "f16": 2e-3, "bf16": 3e-2, "what the runtime chooses": 3e-2}
-"""The same of what keys and values are rounded to while they are kept; float32 rounds nothing."""
 Draw = Callable[[int, int], torch.Tensor]
 """Token ids of so many texts of so many tokens, int64 [texts, tokens]."""
 _TEXTS, _TOKENS = 3, 24
-
-
-def tolerance_of(precision: Precision, cache: CacheFacts) -> float:
-    """Largest difference that is explained by a program's arithmetic and by what its cache is kept in, as a share of
-    the largest logit."""
-    return max(TOLERANCES[precision], KEPT_IN.get(cache.precision, 0.0))
 
 
 @dataclass(frozen=True)

@@ -12,33 +12,9 @@ from ...errors import InputError
 from ...exporters.artifact import CacheFacts, CheckRecord
 from ...exporters.settings import Precision
 from ...models.batching import Batch
+from .tolerances import tolerance_of
 
 Run = Callable[[Mapping[str, torch.Tensor]], Mapping[str, np.ndarray]]
-
-TOLERANCES: dict[Precision, float] = {
-    "fp32": 1e-4,
-    "tf32": 1e-2,
-    "fp16": 2e-2,
-    "bf16": 8e-2,
-    "fp8": 5e-1,
-    "int8": 5e-1,
-    "int8-weight-only": 1e-1,
-    "int4-weight-only": 5e-1,
-    "native": 8e-2,
-}
-"""Largest difference that a precision explains, as a share of the output's largest magnitude over all probes. fp32
-differs by the order of summation alone (1e-6 is usual), tf32, float16 and bfloat16 by 11, 11 and 8 bits of every
-product; int8 and fp8 by a rounding of every activation and int4 by a coarse one of every weight, so their parity only
-rules out a broken program: what it costs in quality is for validation to say."""
-
-CACHE_TOLERANCES = {"f16": 2e-2, "bf16": 8e-2, "u8": 8e-2}
-"""The same of what a program keeps keys and values in, where that is coarser than its arithmetic."""
-
-
-def tolerance_of(precision: Precision, cache: CacheFacts | None = None) -> float:
-    """The largest difference that a precision and that of a program's cache explain."""
-    kept = 0.0 if cache is None else CACHE_TOLERANCES.get(cache.precision, 0.0)
-    return max(TOLERANCES[precision], kept)
 
 
 @dataclass(frozen=True)
@@ -62,7 +38,7 @@ def check_parity(
 ) -> CheckRecord:
     """Run both on every probe. A shape that the program refuses is a failure: it was baked in."""
     rows: list[Difference] = []
-    tolerance = tolerance_of(precision, cache)
+    tolerance = tolerance_of(precision, cache).module
     known = [(shape, batch, reference(batch)) for shape, batch in probes]
     # Of all shapes together: one text's output may happen to be near zero, and rounding is no smaller there.
     scales = _largest(known)

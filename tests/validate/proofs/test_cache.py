@@ -20,7 +20,8 @@ from limbeck.exporters.inputs import random_ids
 from limbeck.exporters.settings import ShapeRange
 from limbeck.models.checkpoint import Checkpoint, load_checkpoint
 from limbeck.validate.checks import cache as defects
-from limbeck.validate.proofs.cache import Reading, check_cache, readings_of, tolerance_of
+from limbeck.validate.proofs.cache import Reading, check_cache, readings_of
+from limbeck.validate.proofs.tolerances import tolerance_of
 
 VOCABULARY = 100
 KEPT_WHOLE, KEPT_COARSELY = (CacheFacts(precision=kept, values_per_token=64) for kept in ("f32", "u8"))
@@ -78,7 +79,7 @@ def test_what_is_read_is_one_text_several_and_padded_ones() -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_sound_cache_passes(family: str, tiny_checkpoint: Callable[..., Path]) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint(family, task="text-generation"))
-    found = check_cache(EagerRunner(checkpoint, 1), readings(), tolerance_of("fp32", KEPT_WHOLE))
+    found = check_cache(EagerRunner(checkpoint, 1), readings(), tolerance_of("fp32", KEPT_WHOLE).itself)
     assert found.passed and found.name == "cache", found.detail
     assert len(found.rows) == 4 and all(row["share of the output"] < 1e-5 for row in found.rows)
     assert found.rows[0]["pieces"] == "12, 6, 3, 1, 1, 1"
@@ -87,7 +88,7 @@ def test_a_sound_cache_passes(family: str, tiny_checkpoint: Callable[..., Path])
 @pytest.mark.parametrize("defect", defects._DEFECTS, ids=lambda defect: defect.cause)
 def test_a_defect_is_found_and_named(defect: defects._Defect, checkpoint: Checkpoint) -> None:
     faulty = Faulty(checkpoint, defect)
-    found = check_cache(faulty, readings(), tolerance_of("int8", KEPT_COARSELY))  # even where much is allowed
+    found = check_cache(faulty, readings(), tolerance_of("int8", KEPT_COARSELY).itself)  # even where much is allowed
     assert not found.passed
     assert defects._cause(faulty.decoder(), checkpoint, readings()) == defect.cause
 
