@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -33,11 +34,25 @@ class _Answers:
 
     def differences(self, run: Run) -> Iterator[float]:
         """Batch by batch, how far `run` is from these, as a share of each output's largest magnitude here."""
-        largest = {name: max(np.max(np.abs(each[name]), initial=0.0) for each in self.outputs) or 1.0
-                   for name in self.outputs[0]}  # fmt: skip
         for batch, known in zip(self.batches, self.outputs, strict=True):
             found = _real(run(batch), batch)
-            yield max(float(_furthest(found[name], known[name]) / largest[name]) for name in known)
+            yield max(float(_furthest(found[name], known[name]) / self._largest[name]) for name in known)
+
+    def typical_difference(self, run: Run) -> float:
+        """The root mean square over all batches. It moves little from one program to another of the same rounding; the
+        largest difference moves much."""
+        apart = [
+            ((_real(run(batch), batch)[name] - known[name]) / self._largest[name]).ravel()
+            for batch, known in zip(self.batches, self.outputs, strict=True)
+            for name in known
+        ]
+        return float(np.sqrt(np.mean(np.square(np.concatenate(apart)))))
+
+    @cached_property
+    def _largest(self) -> dict[str, float]:
+        names = self.outputs[0]
+        return {name: float(max(np.max(np.abs(each[name]), initial=0.0) for each in self.outputs)) or 1.0
+                for name in names}  # fmt: skip
 
 
 def _furthest(left: np.ndarray, right: np.ndarray) -> float:
@@ -65,11 +80,16 @@ def diagnose(program: Run, student: Checkpoint, batches: Sequence[Batch], tolera
         with defect.applied():
             if all(difference <= allowed for difference in answers.differences(student.run)):
                 return defect.cause
-    exact = _Answers(batches, [_real(student.run(batch), batch) for batch in batches])
+    return _half_arithmetic(answers, student)
+
+
+def _half_arithmetic(answers: _Answers, student: Checkpoint) -> str | None:
+    apart = answers.typical_difference(student.run)
+    exact = _Answers(answers.batches, [_real(student.run(batch), batch) for batch in answers.batches])
     for dtype, name in _HALVES:
         half = replace(student, model=copy.deepcopy(student.model).to(dtype))
-        rounded = max(exact.differences(half.run))
-        if rounded / _LIKE_ROUNDING <= before <= rounded * _LIKE_ROUNDING:
+        rounded = exact.typical_difference(half.run)
+        if rounded / _LIKE_ROUNDING <= apart <= rounded * _LIKE_ROUNDING:
             return f"{name} arithmetic (the difference is of the size of its rounding)"
     return None
 
