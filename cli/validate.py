@@ -59,6 +59,9 @@ Examples:
     default=True,
     help="Say what each step from teacher to artifact lost.  [default: on]",
 )
+@click.option(
+    "--modules", is_flag=True, help="Compare what each module hands on too, as limbeck bisect does, and draw it."
+)
 @click.option("--student", metavar="CKPT", help="What was exported.  [default: where the manifest says]")
 @click.option("--latency/--no-latency", default=True, help="Time teacher and artifacts side by side.  [default: on]")
 @click.option("--batch-size", type=int, help="Of the timed call.  [default: 1]")
@@ -74,8 +77,8 @@ Examples:
 def command(
     artifacts: tuple[str, ...], teacher: str, data: str, gates: str | None, slice_files: tuple[str, ...],
     slice_by: tuple[str, ...], builtin: tuple[str, ...], pair_files: tuple[str, ...], tasks: tuple[str, ...],
-    harness_tasks: str | None, generation: int | None, attribution: bool, student: str | None, latency: bool,
-    samples: int | None, task: str | None, trust_remote_code: bool, columns: tuple[str, ...], out: str,
+    harness_tasks: str | None, generation: int | None, attribution: bool, modules: bool, student: str | None,
+    latency: bool, samples: int | None, task: str | None, trust_remote_code: bool, columns: tuple[str, ...], out: str,
     overwrite: bool, as_json: bool, **settings: object,
 ) -> None:  # fmt: skip
     """Hold ARTIFACTS against their teacher on the same examples, and write a report.
@@ -120,7 +123,7 @@ def command(
         given = load_checkpoint(student, loaded.task.name, trust_remote_code) if student is not None else None
         asked = ValidationAsked(
             gates=limits, latency=timing, slices=slices, generation=generation, harness=harness,
-            attribution=AttributionAsked(given) if attribution else None,
+            attribution=AttributionAsked(given) if attribution else None, modules=modules,
         )  # fmt: skip
         report = validate(folders, loaded, rows, asked, progress)
         with staged_folder(Path(out), overwrite) as staging:

@@ -11,12 +11,13 @@ from ..errors import InputError
 from ..exporters.artifact import Manifest, open_artifact
 from ..models.batching import Examples
 from ..models.checkpoint import Checkpoint
+from ..models.data import Data
 from ..validate.attribution.bisect import Program, first_difference
 from ..validate.attribution.reference import reference_graph
-from ..validate.records.bisection import Bisection
+from ..validate.records.bisection import Bisection, StepDifferences
 from ..validate.student import find_student
+from .benching import command_line
 from .progress import SILENT, Progress
-from .steps import command_line
 
 SAMPLES = 32
 """Examples that are run where no other number is asked for: errors are of whole tensors, which hardly differ from text
@@ -27,7 +28,7 @@ _FUSION = (
 )
 
 
-def student_of(manifest: Manifest, given: str | None) -> Checkpoint:
+def student_of(manifest: Manifest, given: str | Path | None) -> Checkpoint:
     """The checkpoint that an artifact was exported from.
 
     Raises:
@@ -39,6 +40,36 @@ def student_of(manifest: Manifest, given: str | None) -> Checkpoint:
             f"There is nothing to compare the artifact with: {descent.missing}.", "Say where it is: --student CKPT."
         )
     return descent.student
+
+
+def modules_apart(
+    artifact: Path, manifest: Manifest, rows: Data, *, student: str | Path | None = None, progress: Progress = SILENT
+) -> list[StepDifferences]:
+    """The same for a report, on the first of these rows.
+
+    Args:
+        artifact: a verified folder.
+
+    Raises:
+        InputError: no student at hand, or another one.
+        BackendUnavailable: a runtime that is not here, or programs that do not show their inside.
+    """
+    source = student_of(manifest, student)
+    return _steps(artifact, manifest, source, _examples(source, manifest, rows.head(SAMPLES), SAMPLES), progress)
+
+
+def _examples(student: Checkpoint, manifest: Manifest, rows: Data, samples: int) -> Examples:
+    examples = student.task.examples(rows, student.tokenizer, manifest.max_length, student.model.config)
+    return Examples(examples.features[:samples])
+
+
+def _steps(
+    artifact: Path, manifest: Manifest, student: Checkpoint, examples: Examples, progress: Progress
+) -> list[StepDifferences]:
+    program = Program("program", artifact, manifest, backend_to_run(artifact, manifest))
+    with reference_graph(student, manifest, progress.say) as reference:
+        progress.say("comparing module by module")
+        return first_difference(student, reference, examples, program)
 
 
 def bisect(
@@ -54,12 +85,8 @@ def bisect(
     manifest = open_artifact(artifact)
     source = student_of(manifest, student)
     rows = source.read(data, columns).head(samples)
-    examples = source.task.examples(rows, source.tokenizer, manifest.max_length, source.model.config)
-    examples = Examples(examples.features[:samples])
-    program = Program("program", artifact, manifest, backend_to_run(artifact, manifest))
-    with reference_graph(source, manifest, progress.say) as reference:
-        progress.say("comparing module by module")
-        steps = first_difference(source, reference, examples, program)
+    examples = _examples(source, manifest, rows, samples)
+    steps = _steps(artifact, manifest, source, examples, progress)
     hidden = (
         [] if len(steps) > 1 else [f"a {manifest.format} program does not show its inside: only its graph was compared"]
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..backends.registry import backend_to_run, load_runner
 from ..environment import facts
-from ..errors import InputError
+from ..errors import BackendUnavailable, InputError
 from ..exporters.artifact import Manifest, open_artifact
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
@@ -36,6 +36,7 @@ from ..validate.records.report import Candidate, Gate, Report, StageResult
 from ..validate.slices.choosing import SlicesAsked, check_builtin, with_slices
 from ..validate.standard import Standard, set_standard
 from .benching import Timed, command_line, now, timed_beside, writing_alone, written_beside
+from .bisection import modules_apart
 from .inspection import artifact_matrices
 from .progress import SILENT, Progress
 
@@ -61,6 +62,8 @@ class ValidationAsked:
     """Checkpoints on the way from the teacher to what was exported: what each cost is measured too."""
     attribution: AttributionAsked | None = field(default_factory=AttributionAsked)
     """Measure the points between teacher and artifacts too: their students, and those exported."""
+    modules: bool = False
+    """Compare what each module hands on between those points, on a few rows."""
 
 
 def validate(
@@ -107,6 +110,7 @@ class _Validation:
         stages, known = measure_stages(self.asked.stages, standard, self._told)
         measured = [self._measured(name, folder, standard) for name, folder in self.artifacts.items()]
         candidates = self._attributed(measured, standard, known)
+        candidates, hidden = self._looked_into(candidates, data)
         timed = self._timed(teacher, describe_teacher(teacher), candidates, measured)
         newest = max(self.opened.values(), key=lambda manifest: len(manifest.lineage.steps))
         return Report(
@@ -123,7 +127,7 @@ class _Validation:
                 f"{Path(rows.source).name}{where}: {len(rows)} rows, fingerprint {rows.fingerprint[:16]}"
                 for where, rows in self._rows(data).items()
             ],
-            notes=[*_notes(self.opened), *_unchecked(measured), *_temperatures(candidates)],
+            notes=[*_notes(self.opened), *_unchecked(measured), *_temperatures(candidates), *hidden],
             monitoring=monitoring.baseline({name: manifest.artifact_id for name, manifest in self.opened.items()}),
             noise=timed.noise,
             energy=timed.energy,
@@ -186,6 +190,23 @@ class _Validation:
         attributed = attribute(runnable, standard, self.asked.attribution, self._told, known)
         found = {item.name: item for item in attributed}
         return [found.get(candidate.name, candidate) for candidate in candidates]
+
+    def _looked_into(self, candidates: list[Candidate], data: Data) -> tuple[list[Candidate], list[str]]:
+        """With what each module hands on, where that was asked for; and of which it cannot be seen, in words."""
+        if not self.asked.modules:
+            return candidates, []
+        given = self.asked.attribution.student if self.asked.attribution is not None else None
+        found, hidden = [], []
+        for item in candidates:
+            folder, manifest = self.artifacts[item.name], self.opened[item.name]
+            self.progress.say(f"looking into {item.name}")
+            try:
+                apart = modules_apart(folder, manifest, data, student=given and given.source, progress=self.progress)
+            except (BackendUnavailable, InputError) as error:
+                apart = []
+                hidden.append(f"{item.name}: its modules were not compared. {error.message}")
+            found.append(item.model_copy(update={"modules": apart}))
+        return found, hidden
 
     def _timed(
         self, teacher: Checkpoint, described: Candidate, candidates: list[Candidate], measured: Sequence[Measured]

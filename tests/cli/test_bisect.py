@@ -38,6 +38,25 @@ def test_the_answer_is_shown_and_written(artifact: Path, held_out: Path, tmp_pat
     assert "Error over depth" in page and "<svg" in page and "<script" not in page
 
 
+def test_a_report_draws_it_too(artifact: Path, student: Path, held_out: Path, tmp_path: Path, limbeck: Limbeck) -> None:
+    options = ("--teacher", student, "--data", held_out, "--no-latency", "--modules")
+    shown = limbeck("validate", artifact, *options, "--out", tmp_path / "report")
+    assert shown.code == 0, shown.err
+    steps = json.loads((tmp_path / "report" / "report.json").read_text())["candidates"][0]["modules"]
+    assert [(step["before"], step["after"]) for step in steps] == [("student", "graph"), ("graph", "program")]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "What each module hands on" in page
+    assert "artifact: exported graph (float32) → compiled program" in page
+    moved = student.rename(student.with_name("moved"))
+    try:
+        shown = limbeck("validate", artifact, *options[2:], "--teacher", moved, "--out", tmp_path / "unknown")
+    finally:
+        moved.rename(student)
+    assert shown.code == 0, shown.err
+    notes = json.loads((tmp_path / "unknown" / "report.json").read_text())["notes"]
+    assert any("artifact: its modules were not compared. There is nothing to compare" in note for note in notes)
+
+
 def test_a_student_that_is_gone_or_another_is_named(
     artifact: Path, student: Path, held_out: Path, tiny_checkpoint: Callable[..., Path], limbeck: Limbeck
 ) -> None:

@@ -17,6 +17,7 @@ from limbeck.exporters.artifact import Manifest, seal
 from limbeck.exporters.settings import ExportSettings
 from limbeck.models.checkpoint import load_checkpoint
 from limbeck.validate.gates.applying import apply_gates
+from limbeck.validate.records.bisection import ModuleDifference, StepDifferences
 from limbeck.validate.records.report import (
     Candidate,
     ChangedExample,
@@ -131,6 +132,9 @@ def _full_report(word: str = "student") -> Report:
                       matrices=[Matrix(name=word, layer=0, kind="q", shape=[8, 8], precision="float32", zeros=0.5,
                                        pattern=True, size_bytes=256)],
                       reliability=[ReliabilityBin(confidence=0.8, accuracy=0.7, count=9)],
+                      modules=[StepDifferences(before="student", after="program", precision="fp32", explained=1e-4,
+                                               modules=[ModuleDifference(module=word, error=0.2, largest=1.0,
+                                                                         cosine=0.9, beyond=True)])],
                       slices=[_sliced(word, 0.7, note=word), _sliced("few", 0.1, count=3)],
                       changed=[ChangedExample(row=7, text=word, label=word, teacher=word, candidate=word, distance=2.5,
                                               measure=word)]),

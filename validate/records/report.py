@@ -19,6 +19,7 @@ from pydantic.json_schema import SkipJsonSchema
 from ...errors import InputError
 from ...files import read_json, write_json
 from ...models.lineage import Curve, LayerSimilarity, LayerWidths, Step
+from .bisection import StepDifferences
 from .gate import REFERENCE_WORDS, Gate, GateResult, Verdict, exact_number
 from .performance import Generation, Latency, Noise, Scenario
 from .profile import Baseline
@@ -247,6 +248,9 @@ class Candidate(_Growing):
     """What its program holds, in the program's order; empty where its files do not tell."""
     waypoints: list[Waypoint] = []
     """The way from the teacher to this, point by point; those in between are missing where they are not at hand."""
+    modules: list[StepDifferences] = []
+    """What each module hands on: student against exported graph, and that against the program; empty where nobody
+    asked or nothing shows its inside."""
 
     def metric(self, name: str) -> Metric | None:
         """The metric of that name, or `None`."""

@@ -45,7 +45,7 @@ def render_bisection_html(found: Bisection) -> str:
     return _template().render(
         found=found,
         lesson=[lesson(step) for step in found.steps],
-        panels=[Panel(_title(step), _note(step), error_over_depth(step, i + 1)) for i, step in enumerate(found.steps)],
+        panels=depth_panels(found.steps),
         steps=[(_title(step), step) for step in found.steps],
     )
 
@@ -55,6 +55,11 @@ def _template() -> Template:
     environment = page_environment()
     environment.filters |= {"number": short_number, "plain": plain}
     return environment.get_template("bisection.html.j2")
+
+
+def depth_panels(steps: Sequence[StepDifferences], whose: str = "") -> list[Panel]:
+    """A drawing a step; `whose` stands before its title."""
+    return [Panel(f"{whose}{_title(step)}", _note(step), error_over_depth(step, i + 1)) for i, step in enumerate(steps)]
 
 
 def _title(step: StepDifferences) -> str:

@@ -16,6 +16,7 @@ from jinja2 import Template
 from ..records.report import Latency, Report, exact_number, short_number
 from . import charts
 from .attribution import attribution
+from .bisection import depth_panels, lesson
 from .checks import sorted_checks
 from .figures import (
     VERDICT_WORDS,
@@ -72,6 +73,8 @@ def render_html(report: Report) -> str:
         slices=slice_map(report),
         changed=changed_examples(report),
         programs=programs(report),
+        depth_panels=list(_depth_panels(report)),
+        depth_lessons=[f"{item.name}, {lesson(step)}" for item in report.candidates for step in item.modules],
         legend=legend(report),
         checks=sorted_checks(report),
         gates=worst_first(report.gates),
@@ -135,6 +138,11 @@ def _reliability_panels(report: Report) -> Iterator[Panel]:
             ece = candidate.metric("ece")
             note = f"expected calibration error {short_number(ece.value, 3)}" if ece else ""
             yield Panel(candidate.name, note, charts.reliability(candidate.reliability, candidate.name, series))
+
+
+def _depth_panels(report: Report) -> Iterator[Panel]:
+    for item in report.candidates:
+        yield from depth_panels(item.modules, f"{item.name}: ")
 
 
 def _cut_panels(report: Report) -> Iterator[Panel]:
