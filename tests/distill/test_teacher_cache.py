@@ -277,7 +277,7 @@ import limbeck.distill.teacher_cache as cache
 from limbeck.distill.teacher import eager_teacher
 from limbeck.distill.training_data import tokenise
 from limbeck.models.checkpoint import load_checkpoint
-logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+logging.getLogger("limbeck").addHandler(logging.StreamHandler(sys.stdout))
 cache._SHARD_ROWS, cache._BATCH_ROWS = 10, 5
 folder = Path(sys.argv[2])
 features = ["hidden.0", "query.1"]
