@@ -4,15 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test matrix lint format clean
+.PHONY: quickstart test thorough matrix lint format clean
 
 quickstart: $(STAMP)
 	$(BIN)/limbeck quickstart
 
 # A process a core and one thread a process: tiny models gain nothing from more, and idle OpenMP threads spin against the
 # processes beside them. A file's tests stay together, since they share what their fixtures make.
+# Further variants of what a quicker test shows wait for `make thorough`.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term --durations=25
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not thorough" -n auto --dist loadfile --cov --cov-report=term --durations=25
+
+# Every test, those of further models, backends and precisions too: an hour on 2 cores; before a release.
+thorough: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-cov --durations=25
 
 # Half an hour: every architecture, backend and precision.
 matrix: $(STAMP)

@@ -6,6 +6,7 @@ test needs a network. A folder is made once a session: tests read it and write e
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor
 import transformers
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -151,21 +153,43 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def uncounted_traces() -> Iterator[None]:
-    """Coverage looks at every line that runs, and nearly all that a trace of torch's runs is torch's: with it an export
-    takes 1.6 times as long. So it rests meanwhile."""
-    export = HfExporter.export
+    """Coverage looks at every line that runs, and nearly all that a trace or a compilation of torch's runs is torch's:
+    with it an export takes 1.6 times as long. So it rests meanwhile."""
 
-    def uncounted(*args: Any, **kwargs: Any) -> Any:
-        tracer = sys.gettrace()
-        sys.settrace(None)
-        try:
-            return export(*args, **kwargs)
-        finally:
-            sys.settrace(tracer)
+    def uncounted(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tracer = sys.gettrace()
+            sys.settrace(None)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                sys.settrace(tracer)
+
+        return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HfExporter, "export", uncounted)
+        for owner, name in ((HfExporter, "export"), (torch._inductor, "aoti_compile_and_package")):
+            patch.setattr(owner, name, uncounted(getattr(owner, name)))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_warm_up() -> None:
+    """Nobody looks at the speed of a tiny model, and beside another process it hardly settles: it would be called for 5
+    seconds before it is timed."""
+    from limbeck.validate.performance.latency import BenchSettings
+
+    BenchSettings.model_fields["warm_up_seconds"].default = 0.3
+    BenchSettings.model_rebuild(force=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_other_files_left() -> None:
+    """What the files before have left is not looked through again: a stopwatch collects garbage before every round, and
+    that took seconds a time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

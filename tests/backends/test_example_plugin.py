@@ -54,7 +54,7 @@ def test_the_plugin_is_listed_beside_ours(with_plugin: dict[str, str]) -> None:
     ("backend", "family", "task", "checks"),
     [
         ("torch-export", "bert", "sentence-similarity", ["parity", "weight audit"]),
-        ("dynamo", "distilbert", "text-classification", ["parity"]),
+        pytest.param("dynamo", "distilbert", "text-classification", ["parity"], marks=pytest.mark.thorough),
     ],
 )
 def test_the_plugin_exports_runs_and_is_timed(

@@ -98,9 +98,13 @@ def copied(artifact: Callable[..., Artifact], tmp_path: Path) -> Artifact:
 
 
 EVERY = [("fp32", {}), ("int8", {}), ("int8", {"activations": "static"})]
+# Finding the static ranges takes a minute.
+every_export = pytest.mark.parametrize(
+    ("precision", "options"), [*EVERY[:2], pytest.param(*EVERY[2], marks=pytest.mark.thorough)]
+)
 
 
-@pytest.mark.parametrize(("precision", "options"), EVERY)
+@every_export
 def test_an_export_computes_what_its_checkpoint_computes(
     artifact: Callable[..., Artifact], precision: str, options: dict[str, str]
 ) -> None:
@@ -122,6 +126,7 @@ def test_an_export_computes_what_its_checkpoint_computes(
     runner.close()
 
 
+@pytest.mark.thorough
 def test_int8_is_smaller_and_nearer_with_ranges_of_its_own_for_each_token(artifact: Callable[..., Artifact]) -> None:
     size = {name: artifact(name).program.stat().st_size for name in ("fp32", "int8")}
     assert size["int8"] < size["fp32"]
@@ -132,7 +137,7 @@ def test_int8_is_smaller_and_nearer_with_ranges_of_its_own_for_each_token(artifa
     assert off[0] < off[1] < off[2]
 
 
-@pytest.mark.parametrize(("precision", "options"), EVERY)
+@every_export
 def test_the_file_says_who_computes_what(
     artifact: Callable[..., Artifact], precision: str, options: dict[str, str]
 ) -> None:
@@ -158,6 +163,7 @@ def test_its_layers_are_shown_as_the_file_holds_them(artifact: Callable[..., Art
     assert found.flops == counted_flops(made.checkpoint, 17, 3)
 
 
+@pytest.mark.thorough
 def test_ranges_are_fixed_by_calibration_alone(artifact: Callable[..., Artifact]) -> None:
     ranges = {}
     for activations in ("dynamic", "static"):
@@ -313,6 +319,7 @@ def test_a_missing_package_says_how_it_is_installed(
         assert caught.value.hint == 'pip install "limbeck[executorch]"'
 
 
+@pytest.mark.thorough
 def test_a_decoder_with_split_projections_and_a_tied_head(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     """GPT-2: three projections in one matrix that lies [in, out], split at run time, and the table of words as head."""
     checkpoint = load_checkpoint(tiny_checkpoint("gpt2", task="text-generation"), "text-generation")

@@ -145,6 +145,7 @@ def test_sizes_that_a_program_was_not_made_for_are_refused(
         runner({name: value[:2, :5] for name, value in batch.items()})
 
 
+@pytest.mark.thorough
 def test_what_is_compiled_when_called_computes_what_its_model_computes(
     checkpoint: Checkpoint, eager: Path, tmp_path: Path
 ) -> None:
@@ -226,7 +227,10 @@ def test_an_eager_program_shows_its_inside(eager: Path, package: Path, checkpoin
 # Text
 
 
-@pytest.mark.parametrize(("family", "compiler"), [("llama", "inductor"), ("gpt2", "eager"), ("mistral", "eager")])
+@pytest.mark.parametrize(
+    ("family", "compiler"),
+    [pytest.param("llama", "inductor", marks=pytest.mark.thorough), ("gpt2", "eager"), ("mistral", "eager")],
+)
 def test_a_program_writes_what_its_model_writes(
     family: str, compiler: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ TinyCheckpoint = Callable[..., Path]
 PROMPTS = ("The kettle whistled", "Rain", "Nobody liked the soup, but everybody finished")
 TOKENS = 12
 GREEDY = WritingSettings(max_new_tokens=TOKENS)
+THOROUGH = pytest.mark.thorough
 
 
 def loaded(family: str, tiny_checkpoint: TinyCheckpoint) -> Checkpoint:
@@ -77,9 +78,9 @@ def artifacts(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPath
         ("llama", "onnx"),
         ("llama", "openvino"),
         ("gpt2", "onnx"),
-        ("qwen3", "openvino"),
-        ("mistral", "onnx"),
-        ("llama", "torch"),
+        pytest.param("qwen3", "openvino", marks=THOROUGH),
+        pytest.param("mistral", "onnx", marks=THOROUGH),
+        pytest.param("llama", "torch", marks=THOROUGH),
     ],
 )
 def test_a_program_writes_what_its_model_writes(
@@ -103,7 +104,7 @@ def test_the_eager_model_writes_as_its_generate(tiny_checkpoint: TinyCheckpoint)
     assert written(writer, prompts) == [generated(checkpoint, prompt) for prompt in prompts]
 
 
-@pytest.mark.parametrize("backend", ["onnx", "openvino", "torch"])
+@pytest.mark.parametrize("backend", ["onnx", "openvino", pytest.param("torch", marks=THOROUGH)])
 def test_what_is_kept_is_what_the_manifest_says(
     backend: str, artifacts: Callable[[str, str], Path], tiny_checkpoint: TinyCheckpoint
 ) -> None:
@@ -133,7 +134,7 @@ def test_half_a_precision_keeps_half_as_much(
     assert kept[1] == 2 * kept[0] > 0
 
 
-@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+@pytest.mark.parametrize("backend", ["onnx", pytest.param("openvino", marks=THOROUGH)])
 def test_more_than_a_program_was_exported_for_is_refused(
     backend: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
@@ -151,17 +152,19 @@ def test_more_than_a_program_was_exported_for_is_refused(
         next(writer.write([[7] * 30], WritingSettings(max_new_tokens=3)))
 
 
-def test_layers_and_heads_that_were_cut_write_too(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["onnx", pytest.param("openvino", marks=THOROUGH)])
+def test_layers_and_heads_that_were_cut_write_too(
+    backend: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
     whole = loaded("llama", tiny_checkpoint)
     heads = [HeadSelection(torch.tensor([0, 1]), torch.tensor([0])), HeadSelection(torch.arange(4), torch.arange(2))]
     model = select(whole.model, Selection(heads=heads, ffn=[torch.arange(24), torch.arange(40)]))
     checkpoint = replace(whole, model=model, hash=hash_of_model(model))
-    for backend in ("onnx", "openvino"):
-        manifest = export(checkpoint, ExportSettings(backend=backend), tmp_path / backend)
-        assert manifest.cache is not None and manifest.cache.values_per_token == 2 * (1 + 2) * 8
-        prompts = prompts_of(checkpoint)
-        expected = [generated(checkpoint, prompt) for prompt in prompts]
-        assert written(writer_of(tmp_path / backend, checkpoint), prompts) == expected
+    manifest = export(checkpoint, ExportSettings(backend=backend), tmp_path / backend)
+    assert manifest.cache is not None and manifest.cache.values_per_token == 2 * (1 + 2) * 8
+    prompts = prompts_of(checkpoint)
+    expected = [generated(checkpoint, prompt) for prompt in prompts]
+    assert written(writer_of(tmp_path / backend, checkpoint), prompts) == expected
 
 
 def test_openvinos_cache_is_kept_in_what_was_asked_for(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ def test_texts_are_in_the_report_and_gates_may_name_them(written: Path, tmp_path
     assert "tpot_p50_ms/2x12 at most 1e-05" in shown.out and "single_stream_tpot_p90_ms" in shown.out
 
 
+@pytest.mark.thorough
 def test_texts_as_json(tiny_checkpoint: Callable[..., Path], limbeck: Limbeck) -> None:
     llama = tiny_checkpoint("llama", "text-generation")
     shown = limbeck("bench", llama, *WRITTEN, "--task", "text-generation", "--json")

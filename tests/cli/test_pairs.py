@@ -24,7 +24,8 @@ def teacher(tiny_checkpoint: Write) -> Path:
 @pytest.fixture(scope="module")
 def artifact(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs") / "artifact"
-    export(load_checkpoint(teacher), ExportSettings(backend="onnx", precision="int8-weight-only"), folder)
+    settings = ExportSettings(backend="onnx", precision="int8-weight-only")
+    export(load_checkpoint(teacher), settings, folder, beside_float=False)
     return folder
 
 

@@ -65,6 +65,7 @@ def test_ctrl_c_removes_what_was_staged_and_keeps_earlier_stages(model: Path, te
     assert [path.name.rpartition("-")[0] for path in (tmp_path / "run").iterdir()] == ["student"]
 
 
+@pytest.mark.thorough
 def test_a_training_killed_before_its_first_checkpoint_leaves_nothing(model: Path, text_file: Path, out: Path) -> None:
     words = ("distill", model, "--data", text_file, "--layers", 1, "--epochs", 100_000, "--out", out)
     process = start(*words)
@@ -99,6 +100,7 @@ def test_a_killed_training_goes_on_when_the_command_is_typed_again(
     assert (loss["values"][0], loss["steps"][-1]) == (123.0, 300) and not work.exists()
 
 
+@pytest.mark.thorough
 def test_a_reader_that_leaves_changes_nothing(limbeck: Limbeck, model: Path) -> None:
     """`limbeck inspect model --json | head -1`"""
     process = start("inspect", model, "--json")

@@ -74,7 +74,7 @@ def test_tasks_and_text_are_gated_and_a_baseline_is_left(
     assert baseline.teacher.texts.tokens.count == 8 and baseline.teacher.negative_log_likelihood is not None
 
 
-@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+@pytest.mark.parametrize("backend", ["onnx", pytest.param("openvino", marks=pytest.mark.thorough)])
 def test_how_far_it_is_from_its_teacher_is_gated(
     backend: str, artifact: Path, teacher: Path, held_out: Path, tmp_path: Path, limbeck: Limbeck
 ) -> None:

@@ -113,6 +113,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "rows.jsonl", "settings.yaml", "two"]
 
 
+@pytest.mark.thorough
 def test_the_module_can_be_sharded(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     """FSDP itself, on two processes: accelerate shards only where there are GPUs."""
     teacher = str(tiny_checkpoint("bert"))

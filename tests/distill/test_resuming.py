@@ -55,7 +55,9 @@ class Killed(Exception):
     """Stands for whatever ends a process."""
 
 
-@pytest.mark.parametrize("at", [1, 5, 9])
+@pytest.mark.parametrize(
+    "at", [pytest.param(1, marks=pytest.mark.thorough), 5, pytest.param(9, marks=pytest.mark.thorough)]
+)
 def test_a_killed_run_ends_in_the_same_weights(teacher: Checkpoint, data: Data, tmp_path: Path, at: int) -> None:
     data = data.head(28)  # an epoch ends within
     settings = DistillSettings(**RESUMED)

@@ -206,7 +206,7 @@ def test_what_is_zero_in_a_pruned_matrix_stays_zero(
     assert dense[0, 0] != 0
 
 
-@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize("seed", [0, pytest.param(7, marks=pytest.mark.thorough)])
 def test_the_same_seed_gives_the_same_weights(
     tiny_checkpoint: TinyCheckpoint, read_rows: ReadRows, texts: list[str], seed: int
 ) -> None:

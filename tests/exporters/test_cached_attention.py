@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -19,16 +20,20 @@ from limbeck.exporters.settings import ExportSettings
 
 TinyCheckpoint = Callable[..., Path]
 LAYERS = 2
+THOROUGH = pytest.mark.thorough
 
 
-@pytest.fixture
-def exported(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> Callable[..., Path]:
-    """`exported(backend, family, OPTION=VALUE)`: an artifact; llama has two query heads to a key head, GPT-2 one."""
+@pytest.fixture(scope="module")
+def exported(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`exported(backend, family, OPTION=VALUE)`: an artifact, made once; llama has two query heads to a key head, GPT-2
+    one."""
 
+    @functools.cache
     def make(backend: str, family: str = "llama", **options: Any) -> Path:
         checkpoint = load_checkpoint(tiny_checkpoint(family, task="text-generation"))
-        export(checkpoint, ExportSettings(backend=backend, options=options), tmp_path / "artifact")
-        return tmp_path / "artifact"
+        folder = tmp_path_factory.mktemp("attention") / "artifact"
+        export(checkpoint, ExportSettings(backend=backend, options=options), folder)
+        return folder
 
     return make
 
@@ -40,21 +45,21 @@ def operators(folder: Path) -> tuple[int, Counter[str]]:
     return opset, Counter(node.op_type for node in model.graph.node)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=THOROUGH)])
 def test_onnx_has_an_operator_for_it(family: str, exported: Callable[..., Path]) -> None:
-    opset, found = operators(exported("onnx", family))
+    opset, found = operators(exported("onnx", family=family))
     assert opset == 23 and found["Attention"] == LAYERS
     assert found["Softmax"] == 0
 
 
 def test_its_key_heads_are_not_repeated(exported: Callable[..., Path]) -> None:
-    model = onnx.load(str(exported("onnx") / GRAPH_FILE), load_external_data=False)
+    model = onnx.load(str(exported("onnx", family="llama") / GRAPH_FILE), load_external_data=False)
     cached = {value.name for value in model.graph.output}
     for node in (node for node in model.graph.node if node.op_type == "Attention"):
         assert {*node.input[1:3]} <= cached, "what it reads is what is kept, and no copy of it"
 
 
-@pytest.mark.parametrize("options", [{"opset": 20}, {"fusions": True}], ids=str)
+@pytest.mark.parametrize("options", [pytest.param({"opset": 20}, marks=THOROUGH), {"fusions": True}], ids=str)
 def test_an_opset_without_it_and_fusions_have_its_parts(options: dict[str, Any], exported: Callable[..., Path]) -> None:
     opset, found = operators(exported("onnx", **options))
     assert opset == 20 and found["Attention"] == 0 and found["Softmax"] == LAYERS
@@ -66,7 +71,7 @@ def test_a_program_without_a_cache_keeps_the_pinned_opset(tiny_checkpoint: TinyC
     assert operators(tmp_path / "scores")[0] == 20
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=THOROUGH)])
 def test_openvino_fuses_it_with_its_cache(family: str, exported: Callable[..., Path]) -> None:
     """As the compiled program says of itself: without the fusion it would have a softmax for each layer."""
     properties = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}

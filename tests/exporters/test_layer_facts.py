@@ -37,6 +37,7 @@ SHAPES = ShapeRange(max_batch=8, max_sequence=48)
 KINDS = ["q", "k", "v", "o", "up", "down"]
 DECODERS = ("gpt2", "llama")
 INT8 = "int8 weights and activations"
+THOROUGH = pytest.mark.thorough
 
 # backend, precision: the layers' precision, that of the embeddings, and bytes a weight in the layers
 EXPORTS = {
@@ -47,6 +48,7 @@ EXPORTS = {
     ("openvino", "int8"): (INT8, "int8", 1),
     ("tensorrt", "fp16"): ("float16", "float16", 2),
 }
+FURTHER = [("onnx", "fp16"), ("openvino", "int8")]
 
 
 def load(tiny_checkpoint: TinyCheckpoint, family: str) -> Checkpoint:
@@ -88,7 +90,9 @@ def facts_of(folder: Path, manifest: Manifest, batch: int = 1, sequence: int = 1
     return found
 
 
-@pytest.mark.parametrize(("backend", "precision"), EXPORTS)
+@pytest.mark.parametrize(
+    ("backend", "precision"), [pytest.param(*each, marks=[THOROUGH] * (each in FURTHER)) for each in EXPORTS]
+)
 def test_the_layers_of_a_program_are_those_of_its_graph(
     backend: str, precision: str, exported: Exported, tiny_checkpoint: TinyCheckpoint
 ) -> None:
@@ -108,7 +112,14 @@ def test_the_layers_of_a_program_are_those_of_its_graph(
         assert facts_of(folder, manifest, batch, sequence).flops == counted_flops(checkpoint, sequence, batch)
 
 
-@pytest.mark.parametrize(("family", "backend"), [("gpt2", "onnx"), ("modernbert", "onnx"), ("llama", "openvino")])
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [
+        ("gpt2", "onnx"),
+        pytest.param("modernbert", "onnx", marks=THOROUGH),
+        pytest.param("llama", "openvino", marks=THOROUGH),
+    ],
+)
 def test_every_family_says_what_its_matrices_are_for(
     family: str, backend: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
@@ -130,7 +141,7 @@ def test_names_say_the_place() -> None:
     assert place_of(f"layer.{'9' * 5000}.x") is None
 
 
-@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+@pytest.mark.parametrize("backend", ["onnx", pytest.param("openvino", marks=THOROUGH)])
 def test_flops_of_a_static_program(backend: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     checkpoint = load(tiny_checkpoint, "bert")
     static = ShapeRange(min_batch=1, max_batch=1, min_sequence=16, max_sequence=16)
@@ -200,9 +211,9 @@ PRECISIONS = {"int8-weight-only": ("int8", 1), "int4-weight-only": ("int4", 0.5)
     ("family", "precision", "fusions"),
     [
         ("bert", "int8-weight-only", False),
-        ("gpt2", "int4-weight-only", False),
+        pytest.param("gpt2", "int4-weight-only", False, marks=THOROUGH),
         ("llama", "int4-weight-only", True),
-        ("bert", "fp32", True),
+        pytest.param("bert", "fp32", True, marks=THOROUGH),
     ],
 )
 def test_layers_that_onnx_runtimes_own_operators_hold(

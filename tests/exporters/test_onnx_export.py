@@ -81,7 +81,9 @@ def exported(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathF
     return make
 
 
-every_export = pytest.mark.parametrize(("family", "task", "precision"), EXPORTS)
+every_export = pytest.mark.parametrize(
+    ("family", "task", "precision"), [*EXPORTS[:2], pytest.param(*EXPORTS[2], marks=pytest.mark.thorough)]
+)
 
 
 @every_export

@@ -80,7 +80,9 @@ def exported(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathF
     return make
 
 
-every_export = pytest.mark.parametrize(("family", "task", "precision", "name"), EXPORTS)
+every_export = pytest.mark.parametrize(
+    ("family", "task", "precision", "name"), [*EXPORTS[:2], pytest.param(*EXPORTS[2], marks=pytest.mark.thorough)]
+)
 
 
 @every_export
@@ -206,6 +208,7 @@ def test_the_prepared_call_computes_the_batch_that_it_was_given(exported: Callab
     np.testing.assert_allclose(found, export.checkpoint.run(batch)["logits"], atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_accuracy_control_puts_back_what_int8_costs(tiny_checkpoint: TinyCheckpoint) -> None:
     """One channel carries what int8 of the whole row cannot hold; putting everything back would be no answer either."""
     checkpoint = load_checkpoint(tiny_checkpoint("bert", task="text-classification"))

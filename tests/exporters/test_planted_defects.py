@@ -71,10 +71,25 @@ DEFECTS: dict[str, tuple[Any, str, str]] = {
     "the causal mask is dropped": (no_causal_mask, "gpt2", r"parity: logits at .* differs"),
 }
 TASKS = {"bert": "sentence-similarity", "gpt2": "text-generation"}
+BACKENDS = ("onnx", "openvino", "tensorrt")
+QUICK = [
+    ("the batch is baked in", "onnx"),
+    ("the sequence is baked in", "onnx"),
+    ("the sequence is baked in", "openvino"),
+    ("padding is not masked", "onnx"),
+    ("the causal mask is dropped", "tensorrt"),
+]
+"""Each defect, and each backend, for `make test`; the others are thorough."""
+THOROUGH = pytest.mark.thorough
 
 
-@pytest.mark.parametrize("backend", ["onnx", "openvino", "tensorrt"])
-@pytest.mark.parametrize("defect", DEFECTS)
+@pytest.mark.parametrize(
+    ("defect", "backend"),
+    [
+        pytest.param(*pair, marks=[THOROUGH] * (pair not in QUICK))
+        for pair in ((defect, backend) for backend in BACKENDS for defect in DEFECTS)
+    ],
+)
 def test_a_planted_defect_is_refused(
     defect: str, backend: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +123,7 @@ def large_residual(checkpoint: Any) -> None:
         checkpoint.module.get_submodule("encoder.encoder.layer.1.output.dense").bias.add_(torch.linspace(-900, 900, 32))
 
 
-@pytest.mark.parametrize("backend", ["onnx", "tensorrt"])
+@pytest.mark.parametrize("backend", ["onnx", pytest.param("tensorrt", marks=THOROUGH)])
 def test_activations_that_leave_float16_are_refused(
     backend: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:

@@ -24,6 +24,8 @@ SAME_CODE = ("camembert", "xlm-roberta", "mistral", "qwen2")
 """Families whose graph is that of RoBERTa or Llama; how they are cut is tested with the surgery."""
 FAMILIES = sorted(ANATOMIES.keys() - set(SAME_CODE))
 EXPORTS = [(family, ("onnx", "openvino")[place % 2]) for place, family in enumerate(FAMILIES)]
+QUICK = ("bert", "mpnet", "gpt2", "llama")
+"""Those that are cut in ways of their own: plain, a bias that layers share, one matrix for three, grouped heads."""
 DECODERS = ("gpt2", "llama", "qwen3")
 
 
@@ -47,7 +49,10 @@ def uneven(checkpoint: Checkpoint, family: str) -> Checkpoint:
     return replace(checkpoint, model=smaller, hash=hash_of_model(smaller))
 
 
-@pytest.mark.parametrize(("family", "backend"), EXPORTS)
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [pytest.param(*each, marks=[pytest.mark.thorough] * (each[0] not in QUICK)) for each in EXPORTS],
+)
 def test_a_model_whose_layers_differ_and_whose_channels_moved_is_exported_as_it_is(
     family: str, backend: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:

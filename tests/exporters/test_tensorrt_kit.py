@@ -35,7 +35,11 @@ from limbeck.prune.semi_structured import prune_semi_structured
 from limbeck.validate.proofs.parity import check_parity
 from limbeck.validate.proofs.weight_audit import audit_weights
 
-FAMILIES = ("bert", "distilbert", "roberta", "llama")
+THOROUGH = pytest.mark.thorough
+every_family = pytest.mark.parametrize(
+    "family",
+    ["bert", pytest.param("distilbert", marks=THOROUGH), pytest.param("roberta", marks=THOROUGH), "llama"],
+)
 SHAPES = ShapeRange(max_batch=8, max_sequence=48)
 
 
@@ -97,7 +101,7 @@ def sparse_kit(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.Te
     return make
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_a_kit_is_valid_and_computes_what_the_model_computes(sparse_kit: Callable[[str], Kit], family: str) -> None:
     kit = sparse_kit(family)
     onnx.checker.check_model(str(kit.folder / "model.onnx"), full_check=True)
@@ -115,7 +119,7 @@ def test_a_kit_is_valid_and_computes_what_the_model_computes(sparse_kit: Callabl
     assert kit.program.unverified is not None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_normalisation_and_softmax_are_float32_islands(sparse_kit: Callable[[str], Kit], family: str) -> None:
     graph = sparse_kit(family).graph
     norms = [node for node in graph if module_of(node).lower().endswith(("norm", "layernorm"))]
@@ -131,7 +135,7 @@ def test_normalisation_and_softmax_are_float32_islands(sparse_kit: Callable[[str
     assert {value.dtype for value in graph.outputs} == {onnx_ir.DataType.FLOAT}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_every_eligible_layer_is_listed_and_none_with_a_weight_put_back(
     sparse_kit: Callable[[str], Kit], family: str, tmp_path: Path
 ) -> None:
@@ -155,7 +159,7 @@ def test_every_eligible_layer_is_listed_and_none_with_a_weight_put_back(
     assert all(again[layer.layer].pattern for layer in eligible if layer.layer != changed)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_the_model_is_unchanged_by_its_export(
     sparse_kit: Callable[[str], Kit], tiny_checkpoint: Callable[..., Path], family: str
 ) -> None:
@@ -193,6 +197,7 @@ def test_a_dense_checkpoint_is_not_exported_as_sparse(tiny_checkpoint: Callable[
     assert "limbeck prune" in str(refused.value.hint) and "--pattern 2:4" in str(refused.value.hint)
 
 
+@pytest.mark.thorough
 def test_a_model_that_leaves_float16s_range_is_refused(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = load(tiny_checkpoint, "distilbert")
     block = checkpoint.module.get_submodule("encoder.transformer.layer.1.ffn")
@@ -218,8 +223,15 @@ def test_a_bf16_kit_runs_as_its_float32_twin(tiny_checkpoint: Callable[..., Path
     assert not parity.passed or audit_weights(kit.checkpoint.module, kit.weights()).passed
 
 
-@pytest.mark.parametrize("rest", ["fp16", "fp32"])
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize(
+    ("precision", "rest"),
+    [
+        ("int8", "fp16"),
+        pytest.param("int8", "fp32", marks=THOROUGH),
+        pytest.param("fp8", "fp16", marks=THOROUGH),
+        ("fp8", "fp32"),
+    ],
+)
 def test_a_quantised_kit_is_symmetric_and_quantises_products_with_weights_only(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, precision: str, rest: str
 ) -> None:
@@ -285,7 +297,7 @@ def test_the_audit_sees_a_float8_weight_that_is_a_step_away(
     assert not audit.passed and "lin1.weight" in audit.detail
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("precision", ["int8", pytest.param("fp8", marks=THOROUGH)])
 def test_a_quantised_sparse_kit_keeps_its_pattern(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, precision: str
 ) -> None:

@@ -26,6 +26,7 @@ from limbeck.validate.proofs.weight_audit import audit_weights
 
 TinyCheckpoint = Callable[..., Path]
 SMALL = ShapeRange(max_batch=8, opt_batch=2, max_sequence=32, opt_sequence=16)
+THOROUGH = pytest.mark.thorough
 
 
 def settings_for(backend: str, precision: str) -> ExportSettings:
@@ -42,9 +43,9 @@ def small_tables_too(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("onnx", "bert", "text-classification", "int8-weight-only"),
         ("onnx", "gpt2", "text-generation", "int4-weight-only"),
-        ("onnx", "modernbert", "fill-mask", "int4-weight-only"),
+        pytest.param("onnx", "modernbert", "fill-mask", "int4-weight-only", marks=THOROUGH),
         ("openvino", "llama", "text-generation", "int4-weight-only"),
-        ("openvino", "mpnet", "sentence-similarity", "int8-weight-only"),
+        pytest.param("openvino", "mpnet", "sentence-similarity", "int8-weight-only", marks=THOROUGH),
     ],
 )
 def test_every_weight_is_found_again_within_its_rounding(
@@ -58,7 +59,7 @@ def test_every_weight_is_found_again_within_its_rounding(
     assert (tmp_path / "out" / weights).stat().st_size < (0.5 if precision == "int4-weight-only" else 0.6) * whole
 
 
-@pytest.mark.parametrize("precision", ["int8-weight-only", "int4-weight-only"])
+@pytest.mark.parametrize("precision", [pytest.param("int8-weight-only", marks=THOROUGH), "int4-weight-only"])
 def test_a_weight_that_is_not_the_checkpoints_is_found(
     precision: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
@@ -118,6 +119,7 @@ def test_fusions_are_refused_where_the_quantiser_cannot_read_them(
         get_backend("onnx").export(job, tmp_path)
 
 
+@pytest.mark.thorough
 def test_the_quantiser_leaves_the_users_logging_alone(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     """Importing it configures the root logger, which would print limbeck's own messages a second time."""
     code = (

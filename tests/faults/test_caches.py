@@ -25,7 +25,7 @@ from limbeck.recipes.steps import export
 
 Bench = Any
 SHAPES = ShapeRange(max_batch=8, opt_batch=2, max_sequence=48, opt_sequence=16)
-BACKENDS = pytest.mark.parametrize("backend", ["onnx", "openvino"])
+BACKENDS = pytest.mark.parametrize("backend", ["onnx", pytest.param("openvino", marks=pytest.mark.thorough)])
 UNTRAINED = "teacher"
 """The check that the teacher fails, whose weights are random."""
 GraphChange = Callable[[onnx.ModelProto], None]

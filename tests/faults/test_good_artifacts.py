@@ -17,7 +17,7 @@ def unchecked(report: Any) -> list[str]:
     return [note for note in report.notes if "not checked" in note]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.thorough), "int8"])
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
 def test_a_good_artifact_passes(backend: str, precision: str, bench: Any) -> None:
     report = bench.validated(bench.good(backend, precision))

@@ -20,7 +20,7 @@ from limbeck.recipes.steps import export
 Bench = Any
 Edit = Callable[[Path, Callable[[onnx.ModelProto], None]], None]
 Change = Callable[[onnx.ModelProto], None]
-BACKENDS = pytest.mark.parametrize("backend", ["onnx", "openvino"])
+BACKENDS = pytest.mark.parametrize("backend", ["onnx", pytest.param("openvino", marks=pytest.mark.thorough)])
 
 
 def nodes(model: onnx.ModelProto, kind: str) -> list[onnx.NodeProto]:

@@ -20,7 +20,9 @@ Bench = Any
 
 
 @pytest.mark.skipif(not multiplies_bf16(), reason="a CPU without bfloat16 computes in float32 whatever is asked")
-@pytest.mark.parametrize("properties", [{}, {"INFERENCE_PRECISION_HINT": "bf16"}])
+@pytest.mark.parametrize(
+    "properties", [{}, pytest.param({"INFERENCE_PRECISION_HINT": "bf16"}, marks=pytest.mark.thorough)]
+)
 def test_bfloat16_where_float32_is_claimed(properties: dict[str, str], bench: Bench) -> None:
     folder = bench.planted("openvino", "fp32", compile_properties=properties)
     said = "fp32 is claimed, but the runtime computes in bfloat16: the manifest asks for"

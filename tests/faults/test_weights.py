@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 Bench = Any
 Rewrite = Callable[[Path, dict[str, Callable[[np.ndarray], np.ndarray]]], None]
-BACKENDS = pytest.mark.parametrize("backend", ["onnx", "openvino"])
+BACKENDS = pytest.mark.parametrize("backend", ["onnx", pytest.param("openvino", marks=pytest.mark.thorough)])
 LAYER = "bert.encoder.layer."
 
 

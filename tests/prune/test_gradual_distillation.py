@@ -91,7 +91,9 @@ def test_a_distillation_ends_at_the_sparsity_and_says_so(teacher: Checkpoint, da
     assert step.note == "79.98 % of 8,192 weights in 6 of 6 matrices are zero."
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.thorough] * (kind != "magnitude")) for kind in KINDS]
+)
 def test_a_killed_run_ends_in_the_same_weights(teacher: Checkpoint, data: Data, tmp_path: Path, kind: str) -> None:
     class Killed(Exception):
         pass

@@ -127,6 +127,7 @@ def test_differences_are_to_the_full_set_on_the_same_examples(finished: tuple[Pa
     assert any(paired < (own**2 + (full.high - full.low) ** 2) ** 0.5 for own, paired in widths)
 
 
+@pytest.mark.thorough
 def test_seeds_are_averaged_and_share_the_teachers_outputs(
     finished: tuple[Path, Ablation], teacher: Checkpoint, rows: dict[str, Data], tmp_path: Path
 ) -> None:

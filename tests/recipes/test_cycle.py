@@ -236,6 +236,7 @@ def test_other_limits_go_on_from_the_rounds_that_are_there(finished: tuple[Path,
     assert any("round 1 of 1 was kept" in note and "until reached" in note for note in report.notes)
 
 
+@pytest.mark.thorough
 def test_a_round_is_weighed_and_timed_in_the_format_of_an_export(recipe: Recipe, tmp_path: Path) -> None:
     until = {"export": "onnx", "size_mb": 100, "speedup_p50": 0.001}
     run(with_cycle(recipe, until=until, rounds=1), tmp_path / "run")

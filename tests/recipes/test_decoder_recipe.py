@@ -66,6 +66,7 @@ def run(
     return report, {record.name: folder / "run" / record.folder for record in execution.records}
 
 
+@pytest.mark.thorough
 def test_the_whole_way_is_gone(run: tuple[Report, dict[str, Path]]) -> None:
     report, folders = run
     assert list(folders) == ["plan", *STAGES, *EXPORTS, "measurement"]
@@ -78,6 +79,7 @@ def test_the_whole_way_is_gone(run: tuple[Report, dict[str, Path]]) -> None:
     assert failed == {"teacher"}  # random weights are no better than chance, which is said
 
 
+@pytest.mark.thorough
 def test_each_stage_is_measured_against_the_one_before(run: tuple[Report, dict[str, Path]]) -> None:
     report, folders = run
     before = report.candidates[0].metric("perplexity")
@@ -101,6 +103,7 @@ def test_each_stage_is_measured_against_the_one_before(run: tuple[Report, dict[s
     assert load_report(folders["measurement"]).stages == report.stages
 
 
+@pytest.mark.thorough
 def test_zeros_stay_while_it_learns(run: tuple[Report, dict[str, Path]]) -> None:
     report, folders = run
     zeros = {stage.name: stage.zeros for stage in report.stages}
@@ -114,6 +117,7 @@ def test_zeros_stay_while_it_learns(run: tuple[Report, dict[str, Path]]) -> None
     assert any(np.any(after[name] != before[name]) for name in sparse)
 
 
+@pytest.mark.thorough
 def test_the_table_has_teacher_stages_and_programs(run: tuple[Report, dict[str, Path]]) -> None:
     report, _ = run
     text, page = render_markdown(report), render_html(report)
@@ -124,6 +128,7 @@ def test_the_table_has_teacher_stages_and_programs(run: tuple[Report, dict[str, 
     assert 'id="stages"' in page and "distill: logits-kl" in page
 
 
+@pytest.mark.thorough
 def test_what_came_of_it_writes_as_its_student_does(run: tuple[Report, dict[str, Path]]) -> None:
     _, folders = run
     asked = WritingSettings(max_new_tokens=8)
@@ -134,6 +139,7 @@ def test_what_came_of_it_writes_as_its_student_does(run: tuple[Report, dict[str,
     assert programs == [student, student] and student.tokens == 8
 
 
+@pytest.mark.thorough
 def test_every_step_says_how_fast_it_writes(run: tuple[Report, dict[str, Path]]) -> None:
     report, _ = run
     for row in (report.teacher, *report.stages, *report.candidates):

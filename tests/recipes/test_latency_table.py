@@ -67,6 +67,7 @@ def measured(llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Mea
     return table, cache, said.lines
 
 
+@pytest.mark.thorough
 def test_a_table_is_measured_on_models_of_each_size(measured: Measured) -> None:
     table, _, said = measured
     compiled = [line.removeprefix("compiling ") for line in said if line.startswith("compiling")]
@@ -78,6 +79,7 @@ def test_a_table_is_measured_on_models_of_each_size(measured: Measured) -> None:
     assert table.of["backend"] == "openvino" and table.of["shape"]["ffn"] == 64
 
 
+@pytest.mark.thorough
 def test_what_was_measured_is_read_and_not_measured_again(llama: Checkpoint, measured: Measured) -> None:
     table, cache, _ = measured
     said = Said()

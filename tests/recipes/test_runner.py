@@ -200,6 +200,7 @@ def folders_of(out: Path) -> dict[str, int]:
     return {path.name.rpartition("-")[0]: path.stat().st_mtime_ns for path in out.iterdir()}
 
 
+@pytest.mark.thorough
 def test_an_interrupted_stage_is_done_anew_and_those_before_it_are_not(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "run"
     one = {**recipe, "constraints": [], "exports": recipe["exports"][:1]}

@@ -154,6 +154,7 @@ def with_two_processes(*command: str, cwd: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.thorough
 def test_two_processes_cut_what_one_does(
     tiny_checkpoint: Callable[..., Path], texts: list[str], write_jsonl: Callable[..., Path], tmp_path: Path
 ) -> None:

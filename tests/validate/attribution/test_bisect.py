@@ -24,6 +24,7 @@ TinyCheckpoint = Callable[..., Path]
 Exported = Callable[..., Path]
 SMALL = ShapeRange(max_batch=8, opt_batch=2, max_sequence=48, opt_sequence=16)
 LAYER = "encoder.encoder.layer.1"
+THOROUGH = pytest.mark.thorough
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,9 @@ DEFECTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("defect", DEFECTS)
+@pytest.mark.parametrize(
+    "defect", [pytest.param(name, marks=[THOROUGH] * name.startswith("openvino")) for name in DEFECTS]
+)
 def test_the_module_with_a_defect_is_named_first(defect: str, exported: Exported, rows: Path, tmp_path: Path) -> None:
     backend, plant, module = DEFECTS[defect]
     artifact = with_defect(exported(backend, "fp32"), tmp_path / "artifact", plant)
@@ -123,9 +126,15 @@ def test_the_module_with_a_defect_is_named_first(defect: str, exported: Exported
 
 @pytest.mark.parametrize(
     ("backend", "precision"),
-    [("onnx", "fp32"), ("onnx", "fp16"), ("onnx", "int8"), ("openvino", "bf16"), ("openvino", "int8"),
-     ("tensorrt", "fp16")],
-)  # fmt: skip
+    [
+        ("onnx", "fp32"),
+        pytest.param("onnx", "fp16", marks=THOROUGH),
+        ("onnx", "int8"),
+        pytest.param("openvino", "bf16", marks=THOROUGH),
+        ("openvino", "int8"),
+        pytest.param("tensorrt", "fp16", marks=THOROUGH),
+    ],
+)
 def test_a_sound_program_shows_every_module_and_none_is_named(
     backend: str, precision: str, exported: Exported, rows: Path
 ) -> None:
@@ -140,7 +149,7 @@ def test_a_sound_program_shows_every_module_and_none_is_named(
     assert exact == (precision == "fp32")
 
 
-@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+@pytest.mark.parametrize("backend", ["onnx", pytest.param("openvino", marks=THOROUGH)])
 def test_a_decoder_shows_its_layers(backend: str, exported: Exported, rows: Path) -> None:
     found = bisect(exported(backend, "fp32", "llama", "text-generation"), str(rows), {}, samples=8)
     for step in found.steps:

@@ -96,6 +96,7 @@ def test_a_loadgen_that_is_interrupted_is_told_and_leaves_nothing(
 # --- texts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_scenarios_of_texts_have_times_of_tokens(tiny_checkpoint: Callable[..., Path]) -> None:
     model = tiny_checkpoint("llama", "text-generation")
     subject = BenchSubject(name="writer", path=model, kind="checkpoint", task="text-generation")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from limbeck import export, load_checkpoint
 from limbeck.errors import BackendUnavailable, InputError, UsageError
-from limbeck.exporters.artifact import read_manifest
+from limbeck.exporters.artifact import read_manifest, seal
 from limbeck.exporters.settings import ExportSettings
 from limbeck.validate.gates.applying import apply_gates
 from limbeck.validate.performance.latency import BenchSettings, BenchSubject
@@ -164,6 +165,7 @@ def refused(subject: BenchSubject, error: type[Exception], words: str, asked: Ge
     return caught.value
 
 
+@pytest.mark.thorough
 def test_a_program_without_a_cache_is_refused(llama: Path, tmp_path: Path) -> None:
     export(load_checkpoint(llama), ExportSettings(backend="onnx", kv_cache=False), tmp_path / "scores")
     subject = BenchSubject(name="scores", path=tmp_path / "scores", kind="artifact")
@@ -171,6 +173,7 @@ def test_a_program_without_a_cache_is_refused(llama: Path, tmp_path: Path) -> No
     assert "without --no-kv-cache" in str(error.hint)  # type: ignore[attr-defined]
 
 
+@pytest.mark.thorough
 def test_what_writes_no_text_is_refused(bert: Path, artifact: Path) -> None:
     for subject in (
         BenchSubject(name="it", path=bert, kind="checkpoint", task="sentence-similarity"),
@@ -186,8 +189,10 @@ def test_texts_longer_than_the_program_are_refused_with_the_room_there_is(writer
     assert "--prompt-length" in str(error.hint)  # type: ignore[attr-defined]
 
 
-def test_a_stand_in_is_not_timed(llama: Path, tmp_path: Path) -> None:
-    export(load_checkpoint(llama), ExportSettings(backend="onnx", precision="bf16"), tmp_path / "half")
+def test_a_stand_in_is_not_timed(writer: Path, tmp_path: Path) -> None:
+    """It is the manifest that says so."""
+    folder = Path(shutil.copytree(writer, tmp_path / "half"))
+    seal(read_manifest(writer).model_copy(update={"stand_in": "its float32 twin"}), folder)
     subject = BenchSubject(name="half", path=tmp_path / "half", kind="artifact")
     refused(subject, BackendUnavailable, "half: What runs here is its float32 twin, whose times say nothing")
 
