@@ -6,7 +6,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from .worker import timed, warm_up
+from .worker import garbage_left_alone, timed, warm_up
 
 _ROUNDS = 7
 _ROUND_SECONDS = 0.1
@@ -16,10 +16,11 @@ _SETTLED = 0.05
 
 def medians_in_turn(calls: Sequence[Callable[[], object]]) -> list[float]:
     """The median of each call in milliseconds, over rounds in which every one has its turn."""
-    typical = [warm_up(call, _WARM_UP_SECONDS, _SETTLED)[2] for call in calls]
-    counts = [max(2, int(_ROUND_SECONDS * 1e3 / each)) for each in typical]
     samples: list[list[float]] = [[] for _ in calls]
-    for _ in range(_ROUNDS):
-        for call, count, found in zip(calls, counts, samples, strict=True):
-            found += timed(call, count)
+    with garbage_left_alone():
+        typical = [warm_up(call, _WARM_UP_SECONDS, _SETTLED)[2] for call in calls]
+        counts = [max(2, int(_ROUND_SECONDS * 1e3 / each)) for each in typical]
+        for _ in range(_ROUNDS):
+            for call, count, found in zip(calls, counts, samples, strict=True):
+                found += timed(call, count)
     return [statistics.median(each) for each in samples]

@@ -259,15 +259,16 @@ class LatencyWorker:
 
 @contextmanager
 def garbage_left_alone() -> Iterator[None]:
-    """Collect garbage now, and not again before the block ends."""
-    collecting = gc.isenabled()
+    """Collect garbage now, and not again before the block ends: where traces were made, a collection takes seconds."""
+    if not gc.isenabled():
+        yield
+        return
     gc.collect()
     gc.disable()
     try:
         yield
     finally:
-        if collecting:
-            gc.enable()
+        gc.enable()
 
 
 def timed(call: Callable[[], object], calls: int) -> list[float]:
