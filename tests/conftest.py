@@ -138,6 +138,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", metavar="FILE", help="write the table of planted faults and what caught them there")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile` the faults stay together as a file does: they share a student that is trained for them."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class FaultsTogether(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/faults" if nodeid.startswith("tests/faults/") else str(super()._split_scope(nodeid))
+
+    return FaultsTogether(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_sessionstart() -> None:
     """Workers of pytest-xdist are told the width of a terminal that their output never reaches. Traces make millions of
     objects that live on, and a fifth of the time went into looking through them for garbage again and again."""
