@@ -196,12 +196,13 @@ class _Validation:
         if not self.asked.modules:
             return candidates, []
         given = self.asked.attribution.student if self.asked.attribution is not None else None
+        student = given.source if given is not None else None
         found, hidden = [], []
         for item in candidates:
             folder, manifest = self.artifacts[item.name], self.opened[item.name]
             self.progress.say(f"looking into {item.name}")
             try:
-                apart = modules_apart(folder, manifest, data, student=given and given.source, progress=self.progress)
+                apart = modules_apart(folder, manifest, data, student=student, progress=self.progress)
             except (BackendUnavailable, InputError) as error:
                 apart = []
                 hidden.append(f"{item.name}: its modules were not compared. {error.message}")
