@@ -19,8 +19,9 @@ from ...models.checkpoint import Checkpoint
 from ..records.report import Check
 from .base import Subject, SubjectCheck, Unchecked
 
-_LOST = 0.01
-"""Share of the sum of squares that cutting takes away: a few outliers are cut on purpose, and cost next to nothing."""
+_LOST = 0.015
+"""Share of the sum of squares that cutting takes away: a few outliers are cut on purpose, and cost next to nothing.
+Real texts lose up to 1.3 % in one range (MiniLM, calibrated on 100), random tokens 2 % (ONNX) to 8 % (OpenVINO)."""
 _USED = 1 / 8
 """Share of the range that real text must use: less wastes three of eight bits."""
 _SHOWN = 3
@@ -94,7 +95,7 @@ class _Use:
     @property
     def problem(self) -> str:
         if self.lost > _LOST:
-            return f"cuts its inputs ({self.lost:.0%} of their energy is lost)"
+            return f"cuts its inputs ({self.lost:.1%} of their energy is lost)"
         return f"uses {self.used:.1%} of its range" if self.used < _USED else ""
 
     def add(self, values: torch.Tensor) -> None:
