@@ -196,10 +196,11 @@ class _Validation:
         if not self.asked.modules:
             return candidates, []
         given = self.asked.attribution.student if self.asked.attribution is not None else None
-        student = given.source if given is not None else None
         found, hidden = [], []
         for item in candidates:
             folder, manifest = self.artifacts[item.name], self.opened[item.name]
+            # one of several artifacts' students may be given; the others' are looked for
+            student = given.source if given is not None and given.hash == manifest.parent_hash else None
             self.progress.say(f"looking into {item.name}")
             try:
                 apart = modules_apart(folder, manifest, data, student=student, progress=self.progress)
