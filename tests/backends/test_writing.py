@@ -77,7 +77,7 @@ def artifacts(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPath
     [
         ("llama", "onnx"),
         ("llama", "openvino"),
-        ("gpt2", "onnx"),
+        pytest.param("gpt2", "onnx", marks=THOROUGH),
         pytest.param("qwen3", "openvino", marks=THOROUGH),
         pytest.param("mistral", "onnx", marks=THOROUGH),
         pytest.param("llama", "torch", marks=THOROUGH),
@@ -120,6 +120,7 @@ def test_what_is_kept_is_what_the_manifest_says(
     assert writer.decoder.cache_bytes() == 2 * read * facts.values_per_token * 4
 
 
+@pytest.mark.thorough
 def test_half_a_precision_keeps_half_as_much(
     tiny_checkpoint: TinyCheckpoint, artifacts: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
@@ -167,6 +168,7 @@ def test_layers_and_heads_that_were_cut_write_too(
     assert written(writer_of(tmp_path / backend, checkpoint), prompts) == expected
 
 
+@pytest.mark.thorough
 def test_openvinos_cache_is_kept_in_what_was_asked_for(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     checkpoint = loaded("llama", tiny_checkpoint)
     settings = ExportSettings(backend="openvino", options={"kv_cache_precision": "u8"})
@@ -196,6 +198,7 @@ def test_a_model_without_a_cache_is_refused_and_can_score(tiny_checkpoint: TinyC
         runner.decoder()
 
 
+@pytest.mark.thorough
 def test_a_kit_scores_texts_and_says_that_it_writes_none(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     checkpoint = loaded("llama", tiny_checkpoint)
     manifest = export(checkpoint, ExportSettings(backend="tensorrt", precision="fp32"), tmp_path / "kit")

@@ -57,6 +57,7 @@ def test_gates_may_name_what_loadgen_found(speed: Path, tmp_path: Path, limbeck:
     assert "single_stream_p90_ms at most 0.0001" in shown.out
 
 
+@pytest.mark.thorough
 def test_noise_and_cpus_are_told(model: Path, limbeck: Limbeck) -> None:
     shown = limbeck("bench", model, *CALL, "--noise", "--json")
     assert shown.code == 0, shown.err
@@ -115,6 +116,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[
     return out
 
 
+@pytest.mark.thorough
 def test_texts_are_in_the_report_and_gates_may_name_them(written: Path, tmp_path: Path, limbeck: Limbeck) -> None:
     report = load_report(written)
     (candidate,) = report.candidates

@@ -260,6 +260,7 @@ def test_gate_cannot_decide(report: Path, gates: Any, limbeck: Limbeck) -> None:
     assert "? Inconclusive" in shown.out and "cannot be decided" in shown.err
 
 
+@pytest.mark.thorough
 def test_bench_as_json(onnx: Path, teacher: Path, limbeck: Limbeck) -> None:
     shape = ("--batch-size", 2, "--sequence-length", LENGTH, "--threads", 1, "--rounds", 1)
     shown = limbeck("bench", onnx, "--against", teacher, *shape, "--json")

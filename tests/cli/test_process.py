@@ -74,6 +74,7 @@ def test_a_training_killed_before_its_first_checkpoint_leaves_nothing(model: Pat
     assert "Interrupted." in said
 
 
+@pytest.mark.thorough
 def test_a_killed_training_goes_on_when_the_command_is_typed_again(
     limbeck: Limbeck, model: Path, text_file: Path, tmp_path: Path
 ) -> None:

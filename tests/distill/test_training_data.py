@@ -371,6 +371,7 @@ print("whole", flush=True)
 """
 
 
+@pytest.mark.thorough
 def test_a_killed_writer_is_made_up_for_and_a_second_one_waits(
     tiny_checkpoint: TinyCheckpoint,
     texts: list[str],

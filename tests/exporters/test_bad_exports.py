@@ -59,10 +59,10 @@ def with_activation(checkpoint: Checkpoint, function: Callable[[torch.Tensor], t
 # operator, backend, what is said beside the module's name; kits are made of the ONNX exporter's graphs
 UNSUPPORTED: list[Any] = [
     (torch.special.bessel_j0, "onnx", ["aten.special_bessel_j0", "ONNX opset 20", "No opset up to"]),
-    (torch.special.bessel_j0, "openvino", ["aten.special_bessel_j0", "OpenVINO"]),
+    pytest.param(torch.special.bessel_j0, "openvino", ["aten.special_bessel_j0", "OpenVINO"], marks=THOROUGH),
     pytest.param(torch.special.bessel_j0, "tensorrt", ["aten.special_bessel_j0", "ONNX opset 20"], marks=THOROUGH),
     (lambda x: torch.cumprod(x, -1), "onnx", ["aten.cumprod (it comes down to prims.prod)", "CumProd since opset 26"]),
-    (rotated, "onnx", ["RotaryEmbedding", "opset 20 does not have; opset 23 has it"]),
+    pytest.param(rotated, "onnx", ["RotaryEmbedding", "opset 20 does not have; opset 23 has it"], marks=THOROUGH),
     pytest.param(rotated, "tensorrt", ["RotaryEmbedding", "opset 23 has it"], marks=THOROUGH),
     (lambda x: x if x.sum() > 0 else -x, "onnx", ["cannot be traced", "a branch", "test_bad_exports.py, line"]),
     (lambda x: torch.from_numpy(x.numpy()), "openvino", ["cannot be traced", "numpy"]),

@@ -59,12 +59,14 @@ def test_its_key_heads_are_not_repeated(exported: Callable[..., Path]) -> None:
         assert {*node.input[1:3]} <= cached, "what it reads is what is kept, and no copy of it"
 
 
-@pytest.mark.parametrize("options", [pytest.param({"opset": 20}, marks=THOROUGH), {"fusions": True}], ids=str)
+@pytest.mark.thorough
+@pytest.mark.parametrize("options", [{"opset": 20}, {"fusions": True}], ids=str)
 def test_an_opset_without_it_and_fusions_have_its_parts(options: dict[str, Any], exported: Callable[..., Path]) -> None:
     opset, found = operators(exported("onnx", **options))
     assert opset == 20 and found["Attention"] == 0 and found["Softmax"] == LAYERS
 
 
+@pytest.mark.thorough
 def test_a_program_without_a_cache_keeps_the_pinned_opset(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint("llama", task="text-generation"))
     export(checkpoint, ExportSettings(backend="onnx", kv_cache=False), tmp_path / "scores")

@@ -115,7 +115,7 @@ def test_the_layers_of_a_program_are_those_of_its_graph(
 @pytest.mark.parametrize(
     ("family", "backend"),
     [
-        ("gpt2", "onnx"),
+        pytest.param("gpt2", "onnx", marks=THOROUGH),
         pytest.param("modernbert", "onnx", marks=THOROUGH),
         pytest.param("llama", "openvino", marks=THOROUGH),
     ],
@@ -212,7 +212,7 @@ PRECISIONS = {"int8-weight-only": ("int8", 1), "int4-weight-only": ("int4", 0.5)
     [
         ("bert", "int8-weight-only", False),
         pytest.param("gpt2", "int4-weight-only", False, marks=THOROUGH),
-        ("llama", "int4-weight-only", True),
+        pytest.param("llama", "int4-weight-only", True, marks=THOROUGH),
         pytest.param("bert", "fp32", True, marks=THOROUGH),
     ],
 )

@@ -1,7 +1,7 @@
 """Architectures and pruned variants x backends x precisions: how far each program is from torch, or why there is none.
 
-CI exports each model once, with every precision of every backend; `make thorough` a choice in which every pair of two
-of the three occurs; `make matrix` exports all and writes docs/matrix.md.
+`make test` exports each precision of each backend once; `make thorough` a choice in which every pair of two of the
+three occurs; `make matrix` exports all and writes docs/matrix.md.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PAIRWISE: list[Cell] = [
     for row, model in enumerate(MODELS)
     for column, backend in enumerate(BACKENDS)
 ]
-QUICK: list[Cell] = [PAIRWISE[3 * row + (0, 2, 1)[row // 3 % 3]] for row in range(len(MODELS))]
+QUICK: list[Cell] = [PAIRWISE[3 * row + (0, 2, 1)[row // 3]] for row in range(9)]
 WHOLE: list[Cell] = list(itertools.product(MODELS, BACKENDS, PRECISIONS))
 _COARSE = re.compile(r"differs by 0\.[5-9]\d? of its magnitude, tolerance 0\.5")
 """What may be said of OpenVINO's int8: random weights have wide ranges, and SmoothQuant moves them about."""
@@ -54,9 +54,9 @@ def test_the_choice_covers_every_pair() -> None:
         assert {(cell[first], cell[second]) for cell in PAIRWISE} == wanted
 
 
-def test_the_quick_choice_has_each_model_once_and_every_precision_of_every_backend() -> None:
-    assert [model for model, _, _ in QUICK] == list(MODELS) and set(QUICK) < set(PAIRWISE)
-    assert {cell[1:] for cell in QUICK} == set(itertools.product(BACKENDS, PRECISIONS))
+def test_the_quick_choice_has_every_precision_of_every_backend_once() -> None:
+    assert set(QUICK) < set(PAIRWISE)
+    assert sorted(cell[1:] for cell in QUICK) == sorted(itertools.product(BACKENDS, PRECISIONS))
 
 
 @dataclass

@@ -135,6 +135,7 @@ def test_activations_that_leave_float16_are_refused(
     assert "bf16" in str(refused.value.hint) and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.thorough
 def test_a_layer_norm_in_float16_that_overflows_is_refused(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,8 +24,8 @@ SAME_CODE = ("camembert", "xlm-roberta", "mistral", "qwen2")
 """Families whose graph is that of RoBERTa or Llama; how they are cut is tested with the surgery."""
 FAMILIES = sorted(ANATOMIES.keys() - set(SAME_CODE))
 EXPORTS = [(family, ("onnx", "openvino")[place % 2]) for place, family in enumerate(FAMILIES)]
-QUICK = ("bert", "mpnet", "gpt2", "llama")
-"""Those that are cut in ways of their own: plain, a bias that layers share, one matrix for three, grouped heads."""
+QUICK = ("bert", "mpnet", "llama")
+"""Those that are cut in ways of their own: plain, a bias that layers share, grouped heads."""
 DECODERS = ("gpt2", "llama", "qwen3")
 
 

@@ -38,7 +38,7 @@ from limbeck.validate.proofs.weight_audit import audit_weights
 THOROUGH = pytest.mark.thorough
 every_family = pytest.mark.parametrize(
     "family",
-    ["bert", pytest.param("distilbert", marks=THOROUGH), pytest.param("roberta", marks=THOROUGH), "llama"],
+    ["bert", *(pytest.param(family, marks=THOROUGH) for family in ("distilbert", "roberta", "llama"))],
 )
 SHAPES = ShapeRange(max_batch=8, max_sequence=48)
 
@@ -282,6 +282,7 @@ def test_float8_reaches_the_largest_weight_and_rounds_each_to_four_bits(
     assert 0.01 < relative.max() < 1 / 15  # float8 and no finer, float8 and no coarser
 
 
+@pytest.mark.thorough
 def test_the_audit_sees_a_float8_weight_that_is_a_step_away(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -297,7 +298,8 @@ def test_the_audit_sees_a_float8_weight_that_is_a_step_away(
     assert not audit.passed and "lin1.weight" in audit.detail
 
 
-@pytest.mark.parametrize("precision", ["int8", pytest.param("fp8", marks=THOROUGH)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_a_quantised_sparse_kit_keeps_its_pattern(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, precision: str
 ) -> None:
@@ -318,6 +320,7 @@ def test_quantising_without_calibration_data_is_refused(
         TensorRTBackend().export(ExportJob(load(tiny_checkpoint, "bert"), settings), tmp_path)
 
 
+@pytest.mark.thorough
 def test_a_tf32_kit_is_the_float32_graph_with_a_flag(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     kit = export(load(tiny_checkpoint, "bert"), tmp_path / "kit", precision="tf32")
     assert BuildPlan.load(kit.folder).flags == ["TF32"]
@@ -362,6 +365,7 @@ def test_settings_that_tensorrt_cannot_read_are_refused(settings: dict[str, obje
         TensorRTConfig(**settings)
 
 
+@pytest.mark.thorough
 def test_another_exporter_of_that_name_keeps_its_place() -> None:
     code = (
         "from transformers.exporters import OnnxConfig, OnnxExporter\n"

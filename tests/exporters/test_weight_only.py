@@ -44,7 +44,7 @@ def small_tables_too(monkeypatch: pytest.MonkeyPatch) -> None:
         ("onnx", "bert", "text-classification", "int8-weight-only"),
         ("onnx", "gpt2", "text-generation", "int4-weight-only"),
         pytest.param("onnx", "modernbert", "fill-mask", "int4-weight-only", marks=THOROUGH),
-        ("openvino", "llama", "text-generation", "int4-weight-only"),
+        pytest.param("openvino", "llama", "text-generation", "int4-weight-only", marks=THOROUGH),
         pytest.param("openvino", "mpnet", "sentence-similarity", "int8-weight-only", marks=THOROUGH),
     ],
 )
@@ -95,6 +95,7 @@ def test_matrices_of_any_size_come_back_within_a_step(rows: int, columns: int, b
     assert np.all(np.abs(found.values - values.T) <= np.asarray(found.step) + 1e-6)
 
 
+@pytest.mark.thorough
 def test_a_wrong_weight_among_packed_ones_is_found(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     """Fusions put the weights of query, key and value side by side; the audit takes them apart again."""
     checkpoint = load_checkpoint(tiny_checkpoint("llama", task="text-generation"), task="text-generation")

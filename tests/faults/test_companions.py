@@ -80,7 +80,9 @@ def test_rows_that_were_trained_on(bench: Bench) -> None:
     bench.assert_caught(folder, "unseen data", "validation rows were also trained on")
 
 
-@pytest.mark.parametrize(("backend", "threads"), [("onnx", available_cpus() + 3), ("openvino", 1)])
+@pytest.mark.parametrize(
+    ("backend", "threads"), [("onnx", available_cpus() + 3), pytest.param("openvino", 1, marks=pytest.mark.thorough)]
+)
 def test_a_slow_thread_setting(
     backend: str, threads: int, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip

@@ -17,8 +17,15 @@ def unchecked(report: Any) -> list[str]:
     return [note for note in report.notes if "not checked" in note]
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.thorough), "int8"])
-@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+@pytest.mark.parametrize(
+    ("backend", "precision"),
+    [
+        ("onnx", "int8"),
+        pytest.param("onnx", "fp32", marks=pytest.mark.thorough),
+        pytest.param("openvino", "fp32", marks=pytest.mark.thorough),
+        pytest.param("openvino", "int8", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_good_artifact_passes(backend: str, precision: str, bench: Any) -> None:
     report = bench.validated(bench.good(backend, precision))
     checks = {check.name: check for check in report.candidates[0].checks}

@@ -152,7 +152,8 @@ print(json.dumps({"peak": peak - before, "size": size, "zeros": zeros}))
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux says what is private")
-@pytest.mark.parametrize("stored", [pytest.param(torch.float32, marks=pytest.mark.thorough), torch.bfloat16])
+@pytest.mark.thorough
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_a_model_is_pruned_in_a_fraction_of_its_size(
     stored: torch.dtype, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:

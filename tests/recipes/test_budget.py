@@ -87,6 +87,7 @@ def test_the_choice_whose_answers_are_nearest_to_the_whole_models_is_taken(
     assert len(set(hashes)) == len(hashes) > 1 and result.hash == hashes[-1]
 
 
+@pytest.mark.thorough
 def test_a_budget_in_megabytes_is_the_size_of_the_exported_weights(
     tiny_checkpoint: TinyCheckpoint, rows: Path, tmp_path: Path
 ) -> None:

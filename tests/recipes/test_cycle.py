@@ -227,6 +227,7 @@ def test_a_cycle_on_a_model_records_every_round(finished: tuple[Path, Report]) -
     assert "was kept" in (out / "report.md").read_text()
 
 
+@pytest.mark.thorough
 def test_other_limits_go_on_from_the_rounds_that_are_there(finished: tuple[Path, Report], recipe: Recipe) -> None:
     out, _ = finished
     told = Told()

@@ -127,6 +127,7 @@ def test_a_quantised_program_that_is_slower_than_float_says_so(
     assert "takes 1.5 times as long as fp32" in (tmp_path / "slow" / "README.md").read_text()
 
 
+@pytest.mark.thorough
 def test_an_int8_that_was_calibrated_on_next_to_nothing_says_that_alone(
     checkpoint: Checkpoint, rows: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +177,7 @@ def test_no_precision_that_holds_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.thorough
 def test_a_compile_cache_is_kept_for_each_artifact(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,7 @@ def zero_share(weights: Iterable[torch.Tensor]) -> float:
     return float(zeros.float().mean())
 
 
+@pytest.mark.thorough
 def test_a_stage_becomes_sparse_while_it_trains(recipe: Recipe, tmp_path: Path) -> None:
     folders = run(recipe, tmp_path / "run")
     found = matrices(folders["sparse"])

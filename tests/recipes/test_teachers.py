@@ -44,8 +44,8 @@ def needs_compiler(runtime: str) -> None:
         ("eager", "bert", "sentence-similarity"),
         ("onnx", "bert", "sentence-similarity"),
         pytest.param("openvino", "bert", "sentence-similarity", marks=pytest.mark.thorough),
-        ("torch-compile", "bert", "sentence-similarity"),
-        ("onnx", "llama", "text-generation"),
+        pytest.param("torch-compile", "bert", "sentence-similarity", marks=pytest.mark.thorough),
+        pytest.param("onnx", "llama", "text-generation", marks=pytest.mark.thorough),
         pytest.param("openvino", "llama", "text-generation", marks=pytest.mark.thorough),
         pytest.param("torch-compile", "llama", "text-generation", marks=pytest.mark.thorough),
     ],
@@ -83,6 +83,7 @@ class Heard(Progress):
         return
 
 
+@pytest.mark.thorough
 def test_answers_outlive_the_next_call_and_compiling_is_said(tiny_checkpoint: TinyCheckpoint) -> None:
     teacher = teacher_of(tiny_checkpoint, "bert", "sentence-similarity")
     heard = Heard()
@@ -130,6 +131,7 @@ def test_a_runtime_that_is_not_installed_is_said_before_anything_is_traced(
         pass
 
 
+@pytest.mark.thorough
 def test_a_compiler_that_is_not_there_is_said(
     tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -147,6 +149,7 @@ def test_a_compiler_that_is_not_there_is_said(
     assert caught.value.hint is not None and "eager" in caught.value.hint
 
 
+@pytest.mark.thorough
 def test_onnx_runtime_rests_between_the_calls_of_a_teacher(
     tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

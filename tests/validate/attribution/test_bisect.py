@@ -131,7 +131,7 @@ def test_the_module_with_a_defect_is_named_first(defect: str, exported: Exported
         pytest.param("onnx", "fp16", marks=THOROUGH),
         ("onnx", "int8"),
         pytest.param("openvino", "bf16", marks=THOROUGH),
-        ("openvino", "int8"),
+        pytest.param("openvino", "int8", marks=THOROUGH),
         pytest.param("tensorrt", "fp16", marks=THOROUGH),
     ],
 )
@@ -149,7 +149,8 @@ def test_a_sound_program_shows_every_module_and_none_is_named(
     assert exact == (precision == "fp32")
 
 
-@pytest.mark.parametrize("backend", ["onnx", pytest.param("openvino", marks=THOROUGH)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
 def test_a_decoder_shows_its_layers(backend: str, exported: Exported, rows: Path) -> None:
     found = bisect(exported(backend, "fp32", "llama", "text-generation"), str(rows), {}, samples=8)
     for step in found.steps:

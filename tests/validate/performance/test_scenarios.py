@@ -39,6 +39,7 @@ def scenarios(artifact: Path) -> tuple[list[Scenario], list[str]]:
     return run_scenarios(subject, ALL, TIMING, said.append), said
 
 
+@pytest.mark.thorough
 def test_every_scenario_comes_with_what_was_asked(scenarios: tuple[list[Scenario], list[str]]) -> None:
     found, said = scenarios
     assert [each.name for each in found] == list(ALL.scenario)
@@ -50,6 +51,7 @@ def test_every_scenario_comes_with_what_was_asked(scenarios: tuple[list[Scenario
         assert not each.searched
 
 
+@pytest.mark.thorough
 def test_their_figures_are_metrics(scenarios: tuple[list[Scenario], list[str]]) -> None:
     bare = Candidate(name="tiny", kind="artifact", backend="onnx", precision="fp32", path="tiny")
     candidate = with_scenarios(bare, scenarios[0])

@@ -40,6 +40,7 @@ def test_a_runtime_without_a_number_of_threads_is_not_judged(result: BenchResult
     assert check_threads(replace(result, properties={"runtime": "tensorrt 11", "device": "a GPU"})) is None
 
 
+@pytest.mark.thorough
 def test_a_runtime_that_uses_fewer_threads_than_there_are_cpus_is_named(openvino_artifact: Path) -> None:
     """OpenVINO takes no more threads than there are CPUs, whatever it is told."""
     asked = 4 * available_cpus()
