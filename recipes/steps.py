@@ -1,19 +1,16 @@
-"""One function a verb: what the command line and recipes call, and what a Python user imports."""
+"""One function a verb: what the command line and recipes call, and what a Python user imports.
+
+What trains is imported where it is called: transformers' Trainer takes seconds to import, which no other verb needs.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from ..distill.callbacks import Modification
-from ..distill.distillation import Surroundings
-from ..distill.distillation import distill as train_student
-from ..distill.settings import DistillSettings
-from ..distill.student import draw_student
-from ..distill.trainer import Evaluation
 from ..errors import UsageError, did_you_mean
 from ..models.checkpoint import Checkpoint
 from ..models.data import Data
-from ..prune.gradual import SparsityInTraining
 from ..prune.pruning import prune as prune_checkpoint
 from ..prune.settings import PruneSettings
 from ..prune.sparsify_settings import SparsifySettings
@@ -26,6 +23,12 @@ from .exporting import export
 from .progress import SILENT, Progress
 from .validating import ValidationAsked, validate
 from .verifying import verify
+
+if TYPE_CHECKING:
+    from ..distill.callbacks import Modification
+    from ..distill.distillation import Surroundings
+    from ..distill.settings import DistillSettings
+    from ..distill.trainer import Evaluation
 
 __all__ = [
     "ValidationAsked", "bench", "build", "command_line", "distill", "evaluation_on", "export", "export_for_device",
@@ -47,6 +50,10 @@ def distill(
     Args:
         around: where the teacher's outputs come from, what is measured while training, where it can be resumed from.
     """
+    from ..distill.distillation import Surroundings
+    from ..distill.distillation import distill as train_student
+    from ..distill.student import draw_student
+
     if student is None:
         if settings.student is None:
             raise UsageError("A student has to be drawn from the teacher.", "Say how many layers it has: --layers N.")
@@ -68,6 +75,8 @@ def evaluation_on(data: Data, teacher: Checkpoint, metric: str | None = None) ->
     Raises:
         UsageError: a metric that these rows do not give.
     """
+    from ..distill.trainer import Evaluation
+
     standard = set_standard(teacher, data)
     own = score(
         teacher.task.name,
@@ -88,6 +97,9 @@ def evaluation_on(data: Data, teacher: Checkpoint, metric: str | None = None) ->
 
 def sparsification(settings: SparsifySettings) -> Modification:
     """Sparsity that is reached while a distillation trains, for `Surroundings(modification=...)`."""
+    from ..distill.callbacks import Modification
+    from ..prune.gradual import SparsityInTraining
+
     return Modification(
         "sparsify",
         settings.summary,
