@@ -23,7 +23,7 @@ from .svg import Scale, drawing, line, log_span, marker, plot_box, polyline, tex
 _PAGE = "bisection.html"
 _WIDTH, _HEIGHT = 380.0, 240.0
 _SMALLEST = 1e-9
-"""Below this an error is drawn as this: a logarithm has no zero."""
+"""No smaller error is drawn."""
 _HIDDEN_SHOWN = 6
 WORDS = {"student": "student (torch)", "graph": "exported graph (float32)", "program": "compiled program"}
 
@@ -97,17 +97,19 @@ def _from_to(module: ModuleDifference) -> str:
 
 def error_over_depth(step: StepDifferences, series: int) -> Markup:
     """The error of each module, first to last, on a logarithmic scale; a large marker is the first beyond what the
-    precision explains, the dashed line what it explains in one module."""
+    precision explains, the dashed line what it explains in one module. A logarithm has no zero: half of the smallest is
+    drawn in its place."""
     left, right, top, bottom = plot_box(_WIDTH, _HEIGHT, left=52)
-    errors = [max(module.error, _SMALLEST) for module in step.modules]
+    smallest = min((module.error for module in step.modules if module.error > 0), default=_SMALLEST)
+    errors = [max(module.error, smallest / 2, _SMALLEST) for module in step.modules]
     y = Scale(*log_span([*errors, step.explained]), bottom, top, log=True)
     x = Scale(0, max(len(errors) - 1, 1), left, right)
     points = [(x(place), y(error)) for place, error in enumerate(errors)]
     parts = [x_axis(x, bottom, "module, in the order in which they run"), y_axis(y, left, right)]
     parts.append(line(left, y(step.explained), right, y(step.explained), "diagonal"))
-    parts.append(text(right, y(step.explained) - 5, "explained", "tick", "end"))
     parts.append(polyline(points, f"curve s{series}"))
     parts += [marker(*point, series, size=2.5) for point in points]
+    parts.append(text(right, y(step.explained) - 5, "explained", "tick halo", "end"))
     if step.first is not None:
         place = step.modules.index(step.first)
         parts.append(marker(*points[place], 5, size=7))
