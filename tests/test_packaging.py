@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import gzip
 import json
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -124,3 +126,9 @@ def test_lazy_names_resolve_and_none_of_them_is_a_room() -> None:
     for name in limbeck.__all__:
         assert getattr(limbeck, name) is not None
         assert not (ROOT / name).is_dir(), f"{name} is a package: importing it would hide the function"
+
+
+def test_verbs_that_train_nothing_do_without_the_trainer() -> None:
+    """It takes seconds to import."""
+    code = "import sys, limbeck.recipes.steps; sys.exit('transformers.trainer' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
