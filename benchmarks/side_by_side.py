@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from limbeck.distill.distillation import Surroundings
@@ -18,10 +18,12 @@ from limbeck.recipes.progress import Progress
 from limbeck.recipes.steps import distill
 from limbeck.recipes.teachers import teacher_runtime
 from limbeck.validate.measurement import measure_checkpoint
+from limbeck.validate.records.report import Metric
 from limbeck.validate.standard import set_standard
 
 METRICS = (
-    "spearman", "spearman_kept", "recall_at_1", "recall_at_1_kept", "agreement_spearman", "cosine_mean",
+    "spearman", "spearman_kept", "recall_at_1", "recall_at_1_kept", "agreement_ranking",
+    "agreement_spearman", "cosine_mean",
     "accuracy", "accuracy_kept", "accuracy_difference", "f1", "f1_kept", "f1_difference",
     "perplexity", "perplexity_ratio", "token_agreement",
 )  # fmt: skip
@@ -79,26 +81,27 @@ class _Lines(Progress):
 
 
 def compare(teacher: Checkpoint, students: Mapping[str, Checkpoint], data: Data, out: Path) -> None:
-    """Print every metric of every student with its 95 % interval, the teacher's beside it, and keep it as Markdown."""
+    """Report every metric of every student on these rows."""
     standard = set_standard(teacher, data)
-    lines = [
-        f"On {standard.data_name} ({len(data):,} rows):",
-        "",
-        "| student | parameters | metric | value | 95 % | teacher |",
-    ]
-    lines.append("|---|---:|---|---:|---|---:|")
-    for name, student in students.items():
-        candidate = measure_checkpoint(name, student, standard, lambda done, total: None)
-        found = {metric.name: metric for metric in candidate.metrics}
+    metrics = {
+        name: measure_checkpoint(name, student, standard, lambda done, total: None).metrics
+        for name, student in students.items()
+    }
+    report(f"{standard.data_name} ({len(data):,} rows)", metrics, out / f"{standard.data_name.split('.')[0]}.md")
+
+
+def report(measured_on: str, metrics: Mapping[str, Sequence[Metric]], path: Path) -> None:
+    """Print each student's metrics with 95 % intervals, the teacher's beside them, and keep them as Markdown."""
+    lines = [f"On {measured_on}:", "", "| student | metric | value | 95 % | teacher |", "|---|---|---:|---|---:|"]
+    for student, measured in metrics.items():
+        found = {metric.name: metric for metric in measured}
         for metric in (found[wanted] for wanted in METRICS if wanted in found):
             theirs = "" if metric.teacher is None else f"{metric.teacher:.4f}"
             interval = f"{metric.low:.4f} to {metric.high:.4f}" if metric.low is not None else ""
-            lines.append(
-                f"| {name} | {student.parameters:,} | {metric.name} | {metric.value:.4f} | {interval} | {theirs} |"
-            )
+            lines.append(f"| {student} | {metric.name} | {metric.value:.4f} | {interval} | {theirs} |")
     text = "\n".join(lines) + "\n"
     print(text, flush=True)
-    write_text(out / f"{standard.data_name.split('.')[0]}.md", text)
+    write_text(path, text)
 
 
 def written(texts: Iterable[str], path: Path) -> Path:
