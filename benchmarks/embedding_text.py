@@ -19,7 +19,7 @@ Count = Callable[[list[str]], list[int]]
 
 _SENTENCE_END = re.compile(r"(?<=[.!?]) +(?=\S)")
 _HEADING = re.compile(r"\s*((?:= )+)(.*?)((?: =)+)\s*")
-_PASSAGES = {"movie_reviews_long": 190_000, "gutenberg": 190_000, "us_presidential": 130_000, "imdb_cad": 110_000}
+_PASSAGES = {"movie_reviews_long": 380_000, "gutenberg": 380_000, "us_presidential": 260_000, "imdb_cad": 220_000}
 """Source to how many tokens of passages are taken from it."""
 
 
@@ -28,10 +28,11 @@ def rows(data: Path, name: str) -> list[dict[str, Any]]:
     return list(load_dataset("json", data_files=str(data / f"{name}.jsonl.gz"), split="train"))
 
 
-def training_texts(data: Path, count: Count, seed: int = 0, passages: int = 1) -> list[str]:
-    """39,000 texts, 1.6 million tokens: sentences and questions of all kinds, news, passages of 100 to 250 tokens.
+def training_texts(data: Path, count: Count, seed: int = 0) -> list[str]:
+    """94,000 texts, 3.6 million tokens: sentences and questions of all kinds, news, passages of 100 to 250 tokens.
 
-    `passages`: so many times as many passages, as far as the sources reach.
+    More than half are sentences of such passages, since a search asks with sentences: a student that had seen few of
+    them lost more by its questions than by its passages.
     """
     draw = _Draw(count, seed)
     held_out = {row[side] for row in rows(data, "stsb_en/validation") for side in ("sentence1", "sentence2")}
@@ -45,13 +46,13 @@ def training_texts(data: Path, count: Count, seed: int = 0, passages: int = 1) -
     texts += draw.some([" ".join(row["tokens"]) for row in rows(data, "wnut17/train")], 60_000)
     for source, budget in _PASSAGES.items():
         cut = [" ".join(p) for row in rows(data, f"{source}/train") for p in draw.passages(row["text"], 100, 250)]
-        texts += draw.some(cut, budget * passages)
-        texts += draw.some([part for text in cut[:600] for part in sentences(text) if 20 < len(part) < 400], 25_000)
+        texts += draw.some(cut, budget)
+        texts += draw.some([part for text in cut[:9600] for part in sentences(text) if 20 < len(part) < 400], 400_000)
     return texts + draw.some(draw.joined(news), 180_000)
 
 
 def questions(data: Path, count: Count, seed: int = 17) -> list[dict[str, str]]:
-    """Rows of a query (`sentence1`) and its own passage (`sentence2`), none of them trained on.
+    """Rows of a query (`sentence1`), its own passage (`sentence2`) and its `document`, none of them trained on.
 
     Queries are headlines (ag_news), headings (wikitext2), and sentences taken out of their passage of 100 to 250 tokens
     (inverse cloze, Lee et al. 2019; wikitext2, long film reviews, addresses of presidents). At most two passages of a
@@ -59,16 +60,17 @@ def questions(data: Path, count: Count, seed: int = 17) -> list[dict[str, str]]:
     """
     draw, found = _Draw(count, seed), []
     for source, most in (("wikitext2", 2), ("movie_reviews_long", 1), ("us_presidential", 2)):
-        for row in rows(data, f"{source}/validation"):
+        for place, row in enumerate(rows(data, f"{source}/validation")):
             sections = wikitext_sections(row["text"]) if source == "wikitext2" else [("", row["text"])]
             made = [cloze for heading, text in sections for cloze in draw.clozes(heading, text)]
             draw.random.shuffle(made)
             for heading, asked, passage in made[:most]:
-                found += [{"sentence1": query, "sentence2": passage} for query in (*asked, heading) if query]
-    for row in rows(data, "ag_news_10k/validation"):
+                pair = {"sentence2": passage, "document": f"{source} {place}"}
+                found += [{"sentence1": query, **pair} for query in (*asked, heading) if query]
+    for place, row in enumerate(rows(data, "ag_news_10k/validation")):
         title, _, body = row["text"].replace("\\", " ").partition(" . ")
         if len(title) > 15 and len(body) > 60:
-            found.append({"sentence1": title, "sentence2": body})
+            found.append({"sentence1": title, "sentence2": body, "document": f"ag_news_10k {place}"})
     return found
 
 
