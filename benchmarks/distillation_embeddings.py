@@ -28,7 +28,7 @@ from limbeck.validate.metrics.retrieval import first_hits
 from limbeck.validate.standard import set_standard
 
 TEXTS = 15_000
-"""As many as ten minutes allow on two threads of a CPU with AVX2, each seen twice: the teacher answers once."""
+"""Seven and a half minutes on two threads of a CPU with AVX2, each seen twice: the teacher answers once."""
 FIRST_DRAW = 17
 """Seed of the first set of questions."""
 LONG = 100

@@ -31,8 +31,7 @@ def rows(data: Path, name: str) -> list[dict[str, Any]]:
 def training_texts(data: Path, count: Count, seed: int = 0) -> list[str]:
     """94,000 texts, 3.6 million tokens: sentences and questions of all kinds, news, passages of 100 to 250 tokens.
 
-    More than half are sentences of such passages, since a search asks with sentences: a student that had seen few of
-    them lost more by its questions than by its passages.
+    More than half are sentences of such passages, since a search asks with sentences.
     """
     draw = _Draw(count, seed)
     held_out = {row[side] for row in rows(data, "stsb_en/validation") for side in ("sentence1", "sentence2")}
@@ -47,12 +46,12 @@ def training_texts(data: Path, count: Count, seed: int = 0) -> list[str]:
     for source, budget in _PASSAGES.items():
         cut = [" ".join(p) for row in rows(data, f"{source}/train") for p in draw.passages(row["text"], 100, 250)]
         texts += draw.some(cut, budget)
-        texts += draw.some([part for text in cut[:9600] for part in sentences(text) if 20 < len(part) < 400], 400_000)
+        texts += draw.some([part for text in cut for part in sentences(text) if 20 < len(part) < 400], 400_000)
     return texts + draw.some(draw.joined(news), 180_000)
 
 
 def questions(data: Path, count: Count, seed: int = 17) -> list[dict[str, str]]:
-    """Rows of a query (`sentence1`), its own passage (`sentence2`) and its `document`, none of them trained on.
+    """Rows of a query (`sentence1`), its own passage (`sentence2`) and its `document`; no passage is trained on.
 
     Queries are headlines (ag_news), headings (wikitext2), and sentences taken out of their passage of 100 to 250 tokens
     (inverse cloze, Lee et al. 2019; wikitext2, long film reviews, addresses of presidents). At most two passages of a
